@@ -205,7 +205,8 @@ def base_url(server: str, port: Optional[int] = None) -> str:
     if "://" not in server:
         own_port = own_port or port or DEFAULT_PORT
     number = port or own_port
-    name = f"[{host}]" if ":" in host else host.encode("idna").decode()
+    name = f"[{host}]" if ":" in host else \
+        host if host.isascii() else host.encode("idna").decode()
     return f"{parts.scheme}://{name}" + (f":{number}" if number else "") \
         + parts.path.rstrip("/")
 
@@ -506,13 +507,12 @@ class Scan:
 
     def _rows(self, block: bytes) -> Tuple[List[re.Match[bytes]], int]:
         """Return the rows a block begins with, and their length in bytes."""
-        rows, used = [], 0
-        for row in self._pattern.finditer(block):
-            if row.start() != used or used == row.end():
-                break
-            used = row.end()
-            rows.append(row)
-        return rows, used
+        rows = list(self._pattern.finditer(block))
+        starts, ends = [row.start() for row in rows], [row.end() for row in rows]
+        if starts != [0, *ends][:len(starts)]:
+            gap = next(i for i, end in enumerate([0, *ends]) if starts[i] != end)
+            rows, ends = rows[:gap], ends[:gap]
+        return rows, ends[-1] if ends else 0
 
 
 def tag_rows(rows: List[re.Match[bytes]], offset: int) -> List[Tuple[bytes, int]]:
@@ -1288,7 +1288,8 @@ class Client:
 
     __slots__ = ("socket", "address", "received", "deadline", "shaken", "lingering")
 
-    def __init__(self, connection: socket.socket, address: str, shaken: bool) -> None:
+    def __init__(self, connection: socket.SocketType, address: str,
+                 shaken: bool) -> None:
         self.socket = connection
         self.address = address
         self.received = b""
@@ -1308,10 +1309,14 @@ class PixelServer:
                  quiet: bool = False, trusted: Sequence[Any] = (),
                  certificate: Optional[Certificate] = None) -> None:
         import selectors
+        import socket
 
         self.register = register
         self.stopping = False
         self._listener = listener
+        self._socket_type = socket.SocketType
+        self._socket_kind = int(listener.family), int(listener.type), listener.proto
+        self._no_wait = getattr(socket, "MSG_DONTWAIT", 0)
         self._log = log
         self._quiet = quiet
         self._trusted = trusted
@@ -1397,15 +1402,17 @@ class PixelServer:
 
     def _accept(self, most: int) -> None:
         """Take up to so many connections; answer those whose head is here."""
-        plain: List[Tuple[socket.socket, re.Match[bytes], str]] = []
+        plain: List[Tuple[socket.SocketType, re.Match[bytes], str]] = []
         for _ in range(most):
             try:
-                connection, address = self._listener.accept()
+                # What socket.accept() wraps: its enums are a sixth of a hit's work.
+                file, address = self._listener._accept()  # type: ignore[attr-defined]
             except (BlockingIOError, ConnectionError):
                 break
             except OSError as error:
                 self._make_room(error)
                 break
+            connection = self._socket_type(*self._socket_kind, file)
             peer = plain_address(address[0])
             request = self._greet(connection, peer)
             if request:
@@ -1420,15 +1427,14 @@ class PixelServer:
         else:
             self._listen(False)  # until the next tick, rather than spin
 
-    def _greet(self, connection: socket.socket,
+    def _greet(self, connection: socket.SocketType,
                peer: str) -> Optional[re.Match[bytes]]:
         """Return the plain GET of a pixel that a client sent; let others wait."""
-        connection.setblocking(False)
         if self._certificate:
             self._wait_for(self._certificate.wrap(connection), peer, shaken=False)
             return None
         try:
-            head = connection.recv(MAX_HEAD + 1)
+            head = connection.recv(MAX_HEAD + 1, self._no_wait)
         except BlockingIOError:
             self._wait_for(connection, peer)
             return None
@@ -1443,23 +1449,25 @@ class PixelServer:
         self._examine(client)
         return None
 
-    def _serve(self, plain: List[Tuple[socket.socket, re.Match[bytes], str]]) -> None:
+    def _serve(self, plain: List[Tuple[socket.SocketType, re.Match[bytes],
+                                       str]]) -> None:
         """Count plain GETs, under one lock, and then answer them."""
         hits = [(ids_in_path(request[1]), request[2], peer)
                 for _, request, peer in plain]
         self.count([hit for hit in hits if hit[0]])
         for connection, _, _ in plain:
             try:
-                connection.send(PIXEL_ANSWER)
+                connection.send(PIXEL_ANSWER, self._no_wait)
             except OSError:
                 pass  # counted, but nobody is there any more
             connection.close()
 
-    def _wait_for(self, connection: socket.socket, address: str,
+    def _wait_for(self, connection: socket.SocketType, address: str,
                   shaken: bool = True) -> Client:
         """Let a client wait in the selector, in place of the oldest if need be."""
         if len(self._clients) >= self._most:
             self._drop(next(iter(self._clients.values())))
+        connection.setblocking(False)
         client = Client(connection, address, shaken)
         self._clients[connection.fileno()] = client
         self._selector.register(connection, 1, client)
@@ -1692,8 +1700,12 @@ class Certificate:
         except (TrackerError, OSError) as error:
             log.rarely(f"certificate not renewed: {error}")
 
-    def wrap(self, connection: socket.socket) -> socket.socket:
+    def wrap(self, connection: socket.SocketType) -> ssl.SSLSocket:
         """Return a TLS connection whose handshake is still to come."""
+        import socket
+
+        connection = socket.socket(fileno=connection.detach())
+        connection.setblocking(False)
         return self._context.wrap_socket(connection, server_side=True,
                                          do_handshake_on_connect=False)
 
@@ -1888,9 +1900,12 @@ def register_rows(path: str) -> Tuple[List[str], Iterator[Row]]:
 
 def _plain_rows(file: int, layout: Layout, target: Layout) -> Iterator[Row]:
     """Yield the rows of tags, with every column of the target layout."""
-    empty = dict.fromkeys(target.columns, "")
+    missing = dict.fromkeys(target.columns, "")
+    is_complete = len(layout.columns) == len(missing)
     for cells in read_rows(file, layout):
-        row = {**empty, **dict(zip(layout.columns, cells))}
+        row = dict(zip(layout.columns, cells))
+        if not is_complete or len(cells) < len(missing):
+            row = {**missing, **row}
         row["id"] = row["id"].strip()
         if not is_id(row["id"]):
             continue
@@ -1953,17 +1968,17 @@ def table_lines(rows: Iterable[Row], full: bool = False,
     yield f"{tags} tag{'s' * (tags != 1)}, {hit_tags} hit, {hits} hits in all"
 
 
-def csv_lines(columns: Sequence[str], rows: Iterable[Row],
-              safe: Callable[[str], str] = str) -> Iterator[str]:
-    """Yield CSV that loses nothing; no name in it is a live formula."""
-    lines: List[str] = []
-    writer = csv.writer(_Lines(lines), lineterminator="\n")
-    writer.writerow(columns)
+def write_csv(out: TextIO, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write CSV that loses nothing; no name in it is a live formula."""
+    from operator import itemgetter
+
+    writer = csv.writer(out, lineterminator="\n")
+    safe = clean if out.isatty() else str
+    writer.writerow(map(safe, columns))
+    cells = itemgetter(*columns)
     for row in rows:
-        row = {**row, "name": escape_formula(row["name"])}
-        writer.writerow([safe(row[column]) for column in columns])
-        yield lines.pop(0)
-    yield from lines
+        row["name"] = escape_formula(row["name"])
+        writer.writerow(map(safe, cells(row)) if safe is clean else cells(row))
 
 
 def json_lines(rows: Iterable[Row]) -> Iterator[str]:
@@ -2260,7 +2275,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Row],
 
     out = sys.stdout
     if options.format == "csv":
-        out.writelines(csv_lines(columns, rows, clean if out.isatty() else str))
+        write_csv(out, columns, rows)
     elif options.format == "json":
         out.writelines(json_lines(rows))
     else:
@@ -2316,7 +2331,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Each command has its own help: mailtracker.py newtag --help")
     parser.add_argument("--version", action="version",
                         version=f"mailtracker {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                     prog=parser.prog)
     for add in (add_server, add_newtag, add_dump):
         add(commands)
     return parser
