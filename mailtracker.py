@@ -43,6 +43,7 @@ from array import array
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import Callable
+from typing import Deque
 from typing import Dict
 from typing import Iterable
 from typing import Iterator
@@ -369,41 +370,64 @@ def read_rows(file: int, layout: Layout) -> Iterator[List[str]]:
         text.seek(0)
         for _ in range(bool(layout.lead)):
             text.readline()
-        records = csv.reader(_records(text, layout), delimiter=layout.delimiter)
+        records = csv.reader(Records(text, layout), delimiter=layout.delimiter)
         for _ in range(layout.headed):
             next(records, None)
         yield from (cells for cells in records if cells)
 
 
-def _records(lines: Iterable[str], layout: Layout) -> Iterator[str]:
-    """Yield whole records; a record may run over several lines inside quotes."""
-    d = re.escape(layout.delimiter)
-    cell = rf'(?:"[^"]*(?:""[^"]*)*"|[^"\r\n{d}][^\r\n{d}]*|)'
-    whole = re.compile(rf"{cell}(?:{d}{cell})*(?:\r\n|\r|\n)?")
-    held: List[str] = []
-    ahead = iter(lines)
-    queue: List[str] = []
-    while True:
-        line = queue.pop(0) if queue else next(ahead, "")
-        if not line or sum(map(len, held)) > _BLOCK:
-            if not held:
-                return
-            # Never closed: the first line stands alone, the others are read again.
-            yield csv_row(held[0].replace('"', "").rstrip("\r\n")
-                          .split(layout.delimiter), layout)
-            queue = held[1:] + ([line] if line else []) + queue
-            held = []
-            continue
-        line = line.replace("\0", "")
-        if not held and '"' not in line:
-            if line.endswith(("\n", "\r")) or line.count(layout.delimiter) \
-                    >= len(layout.columns) - 1:
+class Records:
+    """The records of a CSV file: lines put together where a quote spans several."""
+
+    def __init__(self, lines: Iterable[str], layout: Layout) -> None:
+        from collections import deque
+
+        self._lines = iter(lines)
+        self._again: Deque[str] = deque()
+        self._layout = layout
+        self._whole = record_pattern(layout.delimiter)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield records, but not a last line that was cut off in its middle."""
+        line = self._line()
+        while line:
+            if '"' in line and not self._whole.fullmatch(line):
+                yield self._long(line)
+            elif self._has_end(line):
                 yield line
-            continue
-        held.append(line)
-        if '"' in line and whole.fullmatch("".join(held)):
-            yield "".join(held)
-            held = []
+            line = self._line()
+
+    def _line(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines, "")
+        return line.replace("\0", "")
+
+    def _has_end(self, line: str) -> bool:
+        """Tell whether a line is whole, by its end or by the number of its cells."""
+        return line.endswith(("\n", "\r")) or \
+            line.count(self._layout.delimiter) >= len(self._layout.columns) - 1
+
+    def _long(self, first: str) -> str:
+        """Return the record that begins with a line whose quote stays open."""
+        held, size, quotes = [first], len(first), first.count('"')
+        while size < _BLOCK:
+            line = self._line()
+            if not line:
+                break
+            held.append(line)
+            size, quotes = size + len(line), quotes + line.count('"')
+            if '"' in line and not quotes % 2 and self._whole.fullmatch("".join(held)):
+                return "".join(held)
+        # Never closed: the first line stands alone, the others are read again.
+        self._again.extendleft(reversed(held[1:]))
+        cells = first.replace('"', "").rstrip("\r\n").split(self._layout.delimiter)
+        return csv_row(cells, self._layout)
+
+
+def record_pattern(delimiter: str) -> re.Pattern[str]:
+    """Return a pattern for one record of CSV, with or without its line end."""
+    d = re.escape(delimiter)
+    cell = rf'(?:"[^"]*(?:""[^"]*)*"|[^"\r\n{d}][^\r\n{d}]*|)'
+    return re.compile(rf"{cell}(?:{d}{cell})*(?:\r\n|\r|\n)?")
 
 
 def counter_cell(text: str, width: int) -> str:
@@ -486,8 +510,9 @@ class Scan:
     whole tells after the iteration whether it was canonical to its last byte.
     """
 
-    def __init__(self, file: int, layout: Layout, start: int = 0) -> None:
-        self.file, self.layout = file, layout
+    def __init__(self, file: int, layout: Layout, start: int = 0,
+                 stop: int = sys.maxsize) -> None:
+        self.file, self.layout, self.stop = file, layout, stop
         self.end = start or len(layout.head())
         self.whole = False
         self._pattern = layout.row_pattern()
@@ -496,7 +521,8 @@ class Scan:
         """Yield offset, bytes and rows of one block of whole rows after the other."""
         rest, block = b"", b"-"
         while block and len(rest) < _LONGEST_ROW:
-            block = os.pread(self.file, _BLOCK, self.end + len(rest))
+            at = self.end + len(rest)
+            block = os.pread(self.file, min(_BLOCK, self.stop - at), at)
             rest += block
             rows, used = self._rows(rest)
             if used:
@@ -518,6 +544,23 @@ class Scan:
 def tag_rows(rows: List[re.Match[bytes]], offset: int) -> List[Tuple[bytes, int]]:
     """Return the ids among the rows of a block, each with its offset in the file."""
     return [(row[1], offset + row.start()) for row in rows if row[1]]
+
+
+def paired(file: int, offset: int, block: bytes, rows: List[re.Match[bytes]]
+           ) -> Optional[List[Tuple[re.Match[bytes], re.Match[bytes]]]]:
+    """Return the rows of a block that differ from another file's, with those.
+
+    None when the other file has not got the same ids at the same places.
+    """
+    theirs = os.pread(file, len(block), offset)
+    pairs = []
+    for row in rows if theirs != block else ():
+        if theirs[row.start():row.end()] != row[0]:
+            other = row.re.fullmatch(theirs, row.start(), row.end())
+            if not other or other[1] != row[1]:
+                return None
+            pairs.append((row, other))
+    return pairs
 
 
 class Twin:
@@ -967,10 +1010,10 @@ class Register:
         Return False when they cannot be made to agree in place; nothing else has
         changed then.
         """
-        if not self._level():
-            return False
         head = len(self.layout.head())
         if not start and os.pread(self._file, head, 0) != os.pread(self._twin, head, 0):
+            return False
+        if not self._level(start):
             return False
         index = self._index if start else Index()
         if not self._index_rows(index, start, heal=True):
@@ -990,40 +1033,36 @@ class Register:
                 return False
         return scan.whole
 
-    def _level(self) -> bool:
-        """Bring the shorter file to the length of the longer: an append was cut off."""
+    def _level(self, start: int) -> bool:
+        """Bring the shorter file to the length of the longer: an append was cut off.
+
+        Only where the rows before are the same ones; else a row was taken out.
+        """
         size, other = (os.fstat(f).st_size for f in (self._file, self._twin))
-        short, long = sorted((size, other))
-        if short == long:
+        if size == other:
             return True
         source, target = (self._file, self._twin)[::1 if size > other else -1]
-        tail = os.pread(source, _LONGEST_ROW, short)
-        scan = Scan(source, self.layout, short)
-        whole = sum(len(block) for _, block, _ in scan) == long - short == len(tail)
-        joint = os.pread(target, 2, short - 2) if short > 1 else b""
-        if not (whole and joint.endswith(self.layout.eol.encode())
-                and joint == os.pread(source, 2, short - 2)):
+        short, long = sorted((size, other))
+        common = Scan(source, self.layout, start, short)
+        tail = Scan(source, self.layout, short)
+        if any(paired(target, *block) is None for block in common) or not common.whole \
+                or sum(len(block) for _, block, _ in tail) != long - short:
             return False
-        write_whole(target, tail, short)
+        for offset, block, _ in Scan(source, self.layout, short):
+            write_whole(target, block, offset)
         return True
 
     def _heal(self, offset: int, block: bytes, rows: List[re.Match[bytes]]) -> bool:
         """Give rows that differ from their twin the larger counts, in both files."""
-        twin = os.pread(self._twin, len(block), offset)
-        if block == twin:
-            return True
-        for row in rows:
-            other = row.re.fullmatch(twin, row.start(), row.end())
-            if not other or other[1] != row[1]:
-                return False
-            if row[0] != other[0]:
-                new = bytearray(row[0])
-                if row[1]:
-                    at = len(row[1]) + 1
-                    new[at:at + len(row[2])] = self._larger(row[2], other[2])
-                for file in (self._file, self._twin):
-                    write_whole(file, bytes(new), offset + row.start())
-        return True
+        pairs = paired(self._twin, offset, block, rows)
+        for row, other in pairs or ():
+            new = bytearray(row[0])
+            if row[1]:
+                at = len(row[1]) + 1
+                new[at:at + len(row[2])] = self._larger(row[2], other[2])
+            for file in (self._file, self._twin):
+                write_whole(file, bytes(new), offset + row.start())
+        return pairs is not None
 
     def _larger(self, counters: bytes, others: bytes) -> bytes:
         """Return the larger of each counter."""
