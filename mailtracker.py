@@ -725,7 +725,10 @@ class Register:
 
     def __enter__(self) -> Register:
         """Take the lock and catch up with what others did to the register."""
-        lock_file(self._twin)
+        if self.trouble:
+            self._lock()  # nothing else would tell that the twin was replaced
+        else:
+            lock_file(self._twin)
         try:
             status = os.stat(self.path)
             same = status.st_size == self._end and status.st_ino == self._inode[1]
@@ -902,7 +905,8 @@ class Register:
             and status.st_size > self._end >= 0
         if grown and self._scan(self._end):
             return
-        if not self.trouble or time.monotonic() >= self._next_try:
+        replaced = os.fstat(self._twin).st_ino != self._indexed
+        if replaced or not self.trouble or time.monotonic() >= self._next_try:
             self._try_to_settle()
 
     def _try_to_settle(self) -> None:
