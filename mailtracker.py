@@ -105,13 +105,17 @@ def clean(text: str) -> str:
 
 def escape_formula(cell: str) -> str:
     """Return a cell that no spreadsheet runs as a formula (OWASP: CSV injection)."""
-    return "'" + cell if cell.startswith(_FORMULA_STARTS) else cell
+    return "'" + cell if is_formula(cell) else cell
 
 
 def unescape_formula(cell: str) -> str:
     """Return the text that escape_formula was given."""
-    quoted = cell[:1] == "'" and cell[1:].startswith(_FORMULA_STARTS)
-    return cell[1:] if quoted else cell
+    return cell[1:] if cell[:1] == "'" and is_formula(cell) else cell
+
+
+def is_formula(cell: str) -> bool:
+    """Tell whether a cell is a formula, or was one before it got its quotes."""
+    return cell.lstrip("'").startswith(_FORMULA_STARTS)
 
 
 def plain_text(text: str) -> str:
@@ -285,8 +289,8 @@ class Layout(NamedTuple):
         d, eol = re.escape(self.delimiter), re.escape(self.eol)
         times = r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ| {20})"
         cells = d.join(r"\d{10}" if w == 10 else times for w in COUNTERS.values())
-        cell = rf'(?:"[^"]*(?:""[^"]*)*"|[^"\r\n{d}][^\r\n{d}]*|)'
-        rest = rf'(?:{d}(?:[^"\r\n]*|{cell}(?:{d}{cell})*))?{eol}'
+        cell = rf'(?:"[^"\0]*(?:""[^"\0]*)*"|[^"\r\n\0{d}][^\r\n\0{d}]*|)'
+        rest = rf'(?:{d}(?:[^"\r\n\0]*|{cell}(?:{d}{cell})*))?{eol}'
         tag = rf"({_ID}){d}({cells}){rest}"
         other = rf'(?!"?(?:{_ID})"?(?:{d}|{eol})){cell}(?:{d}{cell})*{eol}'
         return re.compile(f"(?:{tag}|{other})".encode())
@@ -504,6 +508,15 @@ class Astray(TrackerError):
     """The register cannot be used for the moment: hits go to its twin alone."""
 
 
+def is_utf8(data: bytes) -> bool:
+    """Tell whether bytes are text in UTF-8."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class Scan:
     """Go once through the rows of a canonical file.
 
@@ -525,6 +538,8 @@ class Scan:
             block = os.pread(self.file, min(_BLOCK, self.stop - at), at)
             rest += block
             rows, used = self._rows(rest)
+            if used and not is_utf8(rest[:used]):
+                return
             if used:
                 yield self.end, rest[:used], rows
                 self.end += used
@@ -563,6 +578,13 @@ def paired(file: int, offset: int, block: bytes, rows: List[re.Match[bytes]]
     return pairs
 
 
+def repeated(file: int, doubtful: List[Tuple[bytes, int]], layout: Layout) -> bool:
+    """Tell whether one of the ids really stands at the offset as well."""
+    d = layout.delimiter.encode()
+    return any(os.pread(file, len(tag) + 1, offset) == tag + d
+               for tag, offset in doubtful)
+
+
 class Twin:
     """The rows of a twin that was found, to be merged into what somebody saved."""
 
@@ -577,13 +599,14 @@ class Twin:
 
     def take(self, tag: bytes) -> Optional[Tuple[str, ...]]:
         """Return the counters of an id, () the second time; None for an unknown one."""
+        found: Optional[Tuple[str, ...]] = None
         for offset in self._index.find(tag):
             row = os.pread(self.file, len(tag) + _COUNTED, offset).decode()
             cells = row.split(self.layout.delimiter)
             if cells[0] == tag.decode():
                 taken, self._seen[offset // 32] = self._seen[offset // 32], 1
-                return () if taken else tuple(cells[1:])
-        return None
+                found = () if taken else tuple(cells[1:])
+        return found
 
     def left(self) -> Iterator[Dict[str, str]]:
         """Yield the rows that were never taken, by column."""
@@ -959,7 +982,7 @@ class Register:
         if canonical and self._scan():
             return
         self._check_quiet(replaced=known not in ((0, 0), self._inode))
-        canonical = canonical and self._index_rows(Index(), 0, heal=False)
+        canonical = canonical and self._index_rows(Index(), self._file)
         if canonical and not os.fstat(self._twin).st_size:
             with NewFile(self.path, self._file) as file:
                 copy_bytes(self._file, file)
@@ -1017,44 +1040,33 @@ class Register:
         head = len(self.layout.head())
         if not start and os.pread(self._file, head, 0) != os.pread(self._twin, head, 0):
             return False
-        if not self._level(start):
-            return False
         index = self._index if start else Index()
-        if not self._index_rows(index, start, heal=True):
+        size, other = (os.fstat(file).st_size for file in (self._file, self._twin))
+        short, long = sorted((size, other))
+        if not self._index_rows(index, self._file, start, short, heal=True):
             return False
-        self._index, self._end = index, os.fstat(self._file).st_size
+        if short < long:
+            # An append was cut off between both files: the longer one has it all.
+            source, target = (self._file, self._twin)[::1 if size > other else -1]
+            if not self._index_rows(index, source, short, long):
+                return False
+            for offset, block, _ in Scan(source, self.layout, short):
+                write_whole(target, block, offset)
+        self._index, self._end = index, long
         self._indexed = os.fstat(self._twin).st_ino
         self.trouble = ""
         return True
 
-    def _index_rows(self, index: Index, start: int, heal: bool) -> bool:
-        """Add the register's rows to an index; False when it is not canonical."""
-        scan = Scan(self._file, self.layout, start)
+    def _index_rows(self, index: Index, file: int, start: int = 0,
+                    stop: int = sys.maxsize, heal: bool = False) -> bool:
+        """Add the rows of a file to an index; False if it is not canonical there."""
+        scan = Scan(file, self.layout, start, stop)
         for offset, block, rows in scan:
             if heal and not self._heal(offset, block, rows):
                 return False
-            if self._repeated(index.add_rows(tag_rows(rows, offset))):
+            if repeated(file, index.add_rows(tag_rows(rows, offset)), self.layout):
                 return False
         return scan.whole
-
-    def _level(self, start: int) -> bool:
-        """Bring the shorter file to the length of the longer: an append was cut off.
-
-        Only where the rows before are the same ones; else a row was taken out.
-        """
-        size, other = (os.fstat(f).st_size for f in (self._file, self._twin))
-        if size == other:
-            return True
-        source, target = (self._file, self._twin)[::1 if size > other else -1]
-        short, long = sorted((size, other))
-        common = Scan(source, self.layout, start, short)
-        tail = Scan(source, self.layout, short)
-        if any(paired(target, *block) is None for block in common) or not common.whole \
-                or sum(len(block) for _, block, _ in tail) != long - short:
-            return False
-        for offset, block, _ in Scan(source, self.layout, short):
-            write_whole(target, block, offset)
-        return True
 
     def _heal(self, offset: int, block: bytes, rows: List[re.Match[bytes]]) -> bool:
         """Give rows that differ from their twin the larger counts, in both files."""
@@ -1072,12 +1084,6 @@ class Register:
         """Return the larger of each counter."""
         d = self.layout.delimiter.encode()
         return d.join(map(max, counters.split(d), others.split(d)))
-
-    def _repeated(self, doubtful: List[Tuple[bytes, int]]) -> bool:
-        """Tell whether one of the ids really stands at the offset as well."""
-        d = self.layout.delimiter.encode()
-        return any(os.pread(self._file, len(tag) + 1, offset) == tag + d
-                   for tag, offset in doubtful)
 
     # -- the merge: what somebody saved, and what we know better -------------
 
@@ -1276,7 +1282,10 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[Any]) -> str:
         if not any(ipaddress.ip_address(client) in net for net in trusted):
             break
         try:
-            client = str(ipaddress.ip_address(plain_address(hop.strip())))
+            hop = plain_address(hop.strip())
+            if "%" in hop:  # a scope id may hold any text
+                break
+            client = str(ipaddress.ip_address(hop))
         except ValueError:
             break
     return client
@@ -1366,7 +1375,8 @@ class PixelServer:
         self._certificate = certificate
         self._selector = selectors.DefaultSelector()
         self._clients: Dict[int, Client] = {}
-        self._most = min(MAX_WAITING, open_file_limit() - 64)
+        limit = open_file_limit()
+        self._most = min(MAX_WAITING, limit - min(64, limit // 2))
         self._held: Dict[bytes, List[Any]] = {}
         self._lost = 0
         self._now = (0, b"")
@@ -1384,7 +1394,7 @@ class PixelServer:
         while not self.stopping:
             self._turn()
         self._accept(BACKLOG)
-        self._selector.unregister(self._listener)
+        self._listen(False)
         self._listener.close()
         deadline = time.monotonic() + DRAIN_SECONDS
         while self._clients and time.monotonic() < deadline:
@@ -1411,7 +1421,7 @@ class PixelServer:
                 self._accept(BURST)
             elif isinstance(key.data, int):
                 os.read(key.data, 4096)
-            elif key.fd in self._clients:
+            elif key.fd in self._clients and self._clients[key.fd] is key.data:
                 self._continue(key.data)
         if time.monotonic() >= self._next_tick:
             self._tick()
@@ -1473,19 +1483,20 @@ class PixelServer:
     def _greet(self, connection: socket.SocketType,
                peer: str) -> Optional[re.Match[bytes]]:
         """Return the plain GET of a pixel that a client sent; let others wait."""
-        if self._certificate:
-            self._wait_for(self._certificate.wrap(connection), peer, shaken=False)
-            return None
         try:
+            if self._certificate:
+                self._wait_for(self._certificate.wrap(connection), peer, shaken=False)
+                return None
             head = connection.recv(MAX_HEAD + 1, self._no_wait)
         except BlockingIOError:
             self._wait_for(connection, peer)
             return None
-        except OSError:
+        except (OSError, ValueError):
             connection.close()
             return None
         request = _CLEAN_GET.fullmatch(head)
-        if request and request[1] != b"/health" and not _BODY_HEADER.search(request[2]):
+        if request and not request[1].startswith(b"/health") \
+                and not _BODY_HEADER.search(request[2]):
             return request
         client = self._wait_for(connection, peer)
         client.received = head
@@ -1583,7 +1594,9 @@ class PixelServer:
 
     def get(self, request: Any) -> bytes:
         """Return the answer to a GET or HEAD that http.server has parsed."""
-        path = re.sub(r"^https?://[^/?#]*", "", request.path, flags=re.I)
+        # Not request.path, which some versions change (gh-87389).
+        target = request.raw_requestline.split()[1].decode("latin-1")
+        path = re.sub(r"^https?://[^/?#]*", "", target, flags=re.I)
         if has_body(request.headers) or path[:1] != "/":
             return answer(400)
         if path.partition("?")[0] == "/health":
