@@ -120,7 +120,7 @@ def is_formula(cell: str) -> bool:
 
 def plain_text(text: str) -> str:
     """Return text that UTF-8 can hold: stray bytes of an argument become U+FFFD."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def explain(error: Exception) -> str:
@@ -151,8 +151,9 @@ TAG_FORMATS = {
     # display:none would hide it as well, but then Gmail never loads it (mautic#2193).
     "html": '<img src="{}" width="1" height="1" alt="" style="border:0">',
     "url": "{}",
-    "markdown": "![]({})",
+    "markdown": "![](<{}>)",
 }
+URL_SAFE = "/?&=%:@!$'()*+,;~"  # what RFC 3986 allows stays as the user wrote it
 
 
 def new_id(instance: bytes, now_ns: Optional[int] = None, number: int = 0) -> str:
@@ -194,7 +195,7 @@ def base_url(server: str, port: Optional[int] = None) -> str:
     A bare host gets http and the default port; a URL keeps its own scheme, port and
     path, and gets a port only when one is asked for.
     """
-    from urllib.parse import urlsplit
+    from urllib.parse import quote, urlsplit
 
     url = server if "://" in server else "http://" + server
     try:
@@ -213,7 +214,7 @@ def base_url(server: str, port: Optional[int] = None) -> str:
     name = f"[{host}]" if ":" in host else \
         host if host.isascii() else host.encode("idna").decode()
     return f"{parts.scheme}://{name}" + (f":{number}" if number else "") \
-        + parts.path.rstrip("/")
+        + quote(parts.path.rstrip("/"), safe=URL_SAFE)
 
 
 def tag_text(base: str, path: str, tag_id: str, form: str = "html") -> str:
@@ -221,8 +222,7 @@ def tag_text(base: str, path: str, tag_id: str, form: str = "html") -> str:
     from html import escape
     from urllib.parse import quote
 
-    # Everything RFC 3986 allows in a path and query stays as the user wrote it.
-    url = base + quote(path.replace("{id}", tag_id), safe="/?&=%:@!$'()*+,;~")
+    url = base + quote(path.replace("{id}", tag_id), safe=URL_SAFE)
     return TAG_FORMATS[form].format(escape(url) if form == "html" else url)
 
 
@@ -284,7 +284,7 @@ class Layout(NamedTuple):
         """Return a pattern for one canonical row: 1 is the id, 2 the counters.
 
         A row that is no tag's, a sum or an empty line of the user's, matches without
-        groups.
+        groups; 3 is all from the first byte that is in no canonical row.
         """
         d, eol = re.escape(self.delimiter), re.escape(self.eol)
         times = r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ| {20})"
@@ -293,7 +293,7 @@ class Layout(NamedTuple):
         rest = rf'(?:{d}(?:[^"\r\n\0]*|{cell}(?:{d}{cell})*))?{eol}'
         tag = rf"({_ID}){d}({cells}){rest}"
         other = rf'(?!"?(?:{_ID})"?(?:{d}|{eol})){cell}(?:{d}{cell})*{eol}'
-        return re.compile(f"(?:{tag}|{other})".encode())
+        return re.compile(rf"(?:{tag}|{other})|([\s\S]+)".encode())
 
 
 def csv_row(cells: Iterable[str], layout: Layout) -> str:
@@ -549,11 +549,8 @@ class Scan:
     def _rows(self, block: bytes) -> Tuple[List[re.Match[bytes]], int]:
         """Return the rows a block begins with, and their length in bytes."""
         rows = list(self._pattern.finditer(block))
-        starts, ends = [row.start() for row in rows], [row.end() for row in rows]
-        if starts != [0, *ends][:len(starts)]:
-            gap = next(i for i, end in enumerate([0, *ends]) if starts[i] != end)
-            rows, ends = rows[:gap], ends[:gap]
-        return rows, ends[-1] if ends else 0
+        used = rows.pop().start() if rows and rows[-1][3] else len(block)
+        return rows, used
 
 
 def tag_rows(rows: List[re.Match[bytes]], offset: int) -> List[Tuple[bytes, int]]:
@@ -666,6 +663,18 @@ def sync_folder(path: str) -> None:
             os.close(folder)
 
 
+def sync_file(path: str) -> None:
+    """Bring a file to the disk itself, if it is there."""
+    try:
+        file = os.open(path, os.O_RDWR | _O_BINARY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def write_whole(file: int, data: bytes, offset: int) -> None:
     """Write all of data at an offset; raise OSError where that is impossible."""
     written = os.pwrite(file, data, offset)
@@ -748,11 +757,10 @@ class Register:
 
     def __enter__(self) -> Register:
         """Take the lock and catch up with what others did to the register."""
-        if self.trouble:
-            self._lock()  # nothing else would tell that the twin was replaced
-        else:
-            lock_file(self._twin)
+        lock_file(self._twin)
         try:
+            if self.trouble:
+                self._lock()  # nothing else would tell that the twin was replaced
             status = os.stat(self.path)
             same = status.st_size == self._end and status.st_ino == self._inode[1]
         except OSError:
@@ -802,15 +810,12 @@ class Register:
     def sync(self) -> None:
         """Bring what was written to the disk itself; safe in a thread of its own."""
         self.dirty = False
-        for path in (self.path, self.twin_path):
-            try:
-                file = os.open(path, os.O_RDWR | _O_BINARY)
-            except FileNotFoundError:
-                continue
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+        try:
+            sync_file(self.path)
+            sync_file(self.twin_path)
+        except OSError:
+            self.dirty = True
+            raise
 
     # -- making tags --------------------------------------------------------
 
@@ -888,18 +893,19 @@ class Register:
     def _lock(self) -> None:
         """Lock the twin, and make sure that it is the one its path names."""
         while True:
-            if self._twin < 0:
-                flags = os.O_RDWR | os.O_CREAT | _O_BINARY
-                self._twin = os.open(self.twin_path, flags, 0o600)
-                self._end = -1
-            lock_file(self._twin)
-            try:
-                if os.path.samestat(os.fstat(self._twin), os.stat(self.twin_path)):
-                    return
-            except FileNotFoundError:
-                pass
-            os.close(self._twin)
-            self._twin = -1
+            if self._twin >= 0:
+                lock_file(self._twin)
+                try:
+                    twin = os.stat(self.twin_path)
+                    if os.path.samestat(os.fstat(self._twin), twin):
+                        return
+                except FileNotFoundError:
+                    pass
+            flags = os.O_RDWR | os.O_CREAT | _O_BINARY
+            new = os.open(self.twin_path, flags, 0o600)  # the old one if this fails
+            if self._twin >= 0:
+                os.close(self._twin)
+            self._twin, self._end = new, -1
 
     def _names_our_file(self) -> bool:
         """Tell whether the path still names the file that is open."""
@@ -1306,11 +1312,14 @@ class LogFile:
     def reopen(self) -> None:
         """Open the file again: it may have been moved away."""
         if self.path:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND \
+                | getattr(os, "O_NONBLOCK", 0)
             file = os.open(self.path, flags, 0o640)
             if self._file > 2:
-                os.close(self._file)
-            self._file = file
+                os.dup2(file, self._file)
+                os.close(file)
+            else:
+                self._file = file
         self._waits = hasattr(os, "O_NONBLOCK") \
             and not stat.S_ISREG(os.fstat(self._file).st_mode)
 
@@ -1322,7 +1331,7 @@ class LogFile:
         try:
             if not self._waits or select.select([], [self._file], [], 0)[1]:
                 os.write(self._file, line)
-        except OSError:
+        except (OSError, ValueError):
             pass  # a log that cannot be written must not stop the counting
 
     def rarely(self, text: str) -> None:
@@ -1808,6 +1817,8 @@ def make_listener(host: str, port: int, reuse_port: bool = False) -> socket.sock
                 "another --port, or share it with --reuse-port") from None
         raise TrackerError(f"cannot listen on {host or 'all addresses'}, port {port}: "
                            f"{error.strerror or error}") from None
+    except (TypeError, UnicodeError):
+        raise TrackerError(f"not an address: {host}") from None
     except ValueError:
         raise TrackerError("this system cannot share a port: "
                            "leave out --reuse-port") from None
