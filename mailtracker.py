@@ -120,7 +120,8 @@ def is_formula(cell: str) -> bool:
 
 def plain_text(text: str) -> str:
     """Return text that UTF-8 can hold: stray bytes of an argument become U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def explain(error: Exception) -> str:
@@ -151,9 +152,12 @@ TAG_FORMATS = {
     # display:none would hide it as well, but then Gmail never loads it (mautic#2193).
     "html": '<img src="{}" width="1" height="1" alt="" style="border:0">',
     "url": "{}",
-    "markdown": "![](<{}>)",
+    "markdown": "![]({})",
 }
-URL_SAFE = "/?&=%:@!$'()*+,;~"  # what RFC 3986 allows stays as the user wrote it
+# What RFC 3986 allows stays as the user wrote it, but brackets, which end a Markdown
+# link.
+URL_SAFE = "/?&=%:@!$'*+,;~"
+_HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f.]*:[0-9a-f:.]+")
 
 
 def new_id(instance: bytes, now_ns: Optional[int] = None, number: int = 0) -> str:
@@ -200,19 +204,19 @@ def base_url(server: str, port: Optional[int] = None) -> str:
     url = server if "://" in server else "http://" + server
     try:
         parts = urlsplit(url)
-        own_port = parts.port
+        own_port, host = parts.port, parts.hostname or ""
+        if not host.isascii():
+            host = host.encode("idna").decode()
     except ValueError as error:
         raise TrackerError(f"not a host or URL: {clean(server)} ({error})") from None
-    host = parts.hostname or ""
-    if parts.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:-]+", host) \
+    if parts.scheme not in ("http", "https") or not _HOST.fullmatch(host) \
             or parts.username or parts.query or parts.fragment:
         raise TrackerError(f"not a host or URL: {clean(server)}; "
                            "say for example t.example.org or https://t.example.org")
     if "://" not in server:
         own_port = own_port or port or DEFAULT_PORT
     number = port or own_port
-    name = f"[{host}]" if ":" in host else \
-        host if host.isascii() else host.encode("idna").decode()
+    name = f"[{host}]" if ":" in host else host
     return f"{parts.scheme}://{name}" + (f":{number}" if number else "") \
         + quote(parts.path.rstrip("/"), safe=URL_SAFE)
 
