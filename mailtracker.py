@@ -41,6 +41,7 @@ import sys
 import time
 from array import array
 from bisect import bisect_right
+from contextlib import ExitStack
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
@@ -101,18 +102,18 @@ def utc_text(seconds: float) -> str:
 
 @lru_cache(maxsize=4096)
 def seconds(text: str) -> float:
-    """Return the seconds since 1970 of a time as utc_text writes it."""
+    """Return the seconds since 1970 of a time as utc_text writes it; NaN for none."""
     from datetime import datetime
 
-    return datetime.fromisoformat(text[:19] + "+00:00").timestamp()
+    try:
+        return datetime.fromisoformat(text[:19] + "+00:00").timestamp()
+    except ValueError:
+        return float("nan")
 
 
 def is_time(text: str) -> bool:
     """Tell whether text is a time as utc_text writes it."""
-    try:
-        return _TIME.fullmatch(text) is not None and seconds(text) > 0
-    except ValueError:
-        return False
+    return _TIME.fullmatch(text) is not None and seconds(text) > 0
 
 
 def clean(text: str) -> str:
@@ -835,6 +836,7 @@ class Register:
         self.trouble = ""  # why hits go to the twin alone, if they do
         self.dirty = False  # something was written and not yet synced
         self._shown = path
+        self._is_link = os.path.islink(path)
         self._notify = notify
         self._sync_each_hit = sync_each_hit
         self._file = self._twin = -1
@@ -851,15 +853,22 @@ class Register:
         """Take the lock and catch up with what others did to the register."""
         lock_file(self._twin)
         try:
-            if self.trouble:
-                self._lock()  # nothing else would tell that the twin was replaced
-            status = os.stat(self.path)
-            same = status.st_size == self._end and status.st_ino == self._inode[1]
-        except OSError:
-            status, same = None, False
-        if not same:
-            self._follow(status)
+            self._catch_up()
+        except OSError as error:
+            self.trouble = explain(error)
         return self
+
+    def _catch_up(self) -> None:
+        """See whether both files are as they were left, the lock being held."""
+        if self.trouble:
+            self._lock()  # nothing else would tell that the twin was replaced
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            self._follow(None)
+        else:
+            if status.st_size != self._end or status.st_ino != self._inode[1]:
+                self._follow(status)
 
     def __exit__(self, *_: object) -> None:
         """Let go of the lock: that of the newest twin, if it was replaced."""
@@ -877,27 +886,31 @@ class Register:
                 return Place(offset + len(tag) + 1, row[len(tag) + 1:])
         return None
 
-    def count(self, place: Place, now: bytes, opens: int = 0) -> Tuple[int, int]:
+    def count(self, place: Place, now: bytes, opened: bool = False,
+              overruled: int = 0) -> Tuple[int, int]:
         """Count one hit at a time (20 bytes); return the row's hits and opens.
+
+        It may be an open, and take back opens that were counted before.
 
         The lock has been held since the place was found. The hit is in the file when
         this returns. Raise OSError when it cannot be; then it was not counted at all.
         """
         row, d = place.row, place.row[10:11]
         hits = min(int(row[:10]) + 1, _LARGEST)
-        opened = min(max(int(row[32:42]) + opens, 0), _LARGEST)
-        last_open = max(row[43:63], now) if opens > 0 else row[43:63]
+        opens = min(max(int(row[32:42]) + opened - overruled, 0), _LARGEST)
+        last_open = max(row[43:63], now) if opened else row[43:63]
         self._write(place.offset, b"%010d%b%b%b%010d%b%b" % (
-            hits, d, max(row[11:31], now), d, opened, d, last_open))
-        return hits, opened
+            hits, d, max(row[11:31], now), d, opens, d, last_open))
+        return hits, opens
 
-    def hit(self, tag: bytes, now: bytes, opens: int = 0) -> int:
+    def hit(self, tag: bytes, now: bytes, opened: bool = False,
+            overruled: int = 0) -> int:
         """Count one hit of an id, the lock being held; return its hits, 0: no such id.
 
         Raise OSError as count does.
         """
         place = self.find(tag)
-        return self.count(place, now, opens)[0] if place else 0
+        return self.count(place, now, opened, overruled)[0] if place else 0
 
     def correct(self, tag: bytes, opens: int, last_open: bytes) -> None:
         """Set what is judged of an id anew, the lock being held."""
@@ -933,7 +946,8 @@ class Register:
         block = os.pread(self._twin, 1 << 16, start)
         first = block.rfind(self.layout.eol.encode(), 0, place.offset - start)
         text = block[first + len(self.layout.eol):].decode("utf-8", "replace")
-        cells = next(csv.reader([text], delimiter=self.layout.delimiter))
+        lines = text.splitlines(keepends=True)
+        cells = next(csv.reader(lines, delimiter=self.layout.delimiter))
         return unescape_formula(dict(zip(self.layout.columns, cells)).get("name", ""))
 
     def _write(self, offset: int, cells: bytes) -> None:
@@ -949,7 +963,10 @@ class Register:
             self.trouble = f"{self.twin_path}: {error.strerror}"
         self.dirty = True
         if self._sync_each_hit:
-            self.sync()
+            try:
+                self.sync()
+            except OSError as error:  # it is written: counted
+                self.trouble = explain(error)
 
     def sync(self) -> None:
         """Bring what was written to the disk itself; safe in a thread of its own."""
@@ -1026,6 +1043,8 @@ class Register:
 
         With an index hits can be counted. Raise TrackerError or OSError.
         """
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise TrackerError(f"{self._shown} is not a regular file")
         self._lock()
         try:
             if index or not os.path.exists(self.path) \
@@ -1039,9 +1058,21 @@ class Register:
     def tend(self) -> None:
         """Take over what other programs did to the files since the last look."""
         with self:
-            twin_is_ours = os.path.exists(self.twin_path)
-            if self.trouble or not twin_is_ours:
+            if self._is_link and not os.path.islink(self._shown):
+                self._mend_link()
+            if self.trouble or not os.path.exists(self.twin_path):
                 self._try_to_settle()
+
+    def _mend_link(self) -> None:
+        """Put a save that replaced the link to the register where the link led."""
+        try:
+            os.replace(self._shown, self.path)
+            os.symlink(self.path, self._shown)
+        except FileNotFoundError:
+            pass  # just being saved
+        except OSError as error:
+            self.trouble = explain(error)
+        self._follow(None)
 
     def _lock(self) -> None:
         """Lock the twin, and make sure that it is the one its path names."""
@@ -1137,6 +1168,7 @@ class Register:
                 return self._replace_missing()
         self._missing_since = 0.0
         if not os.fstat(self._file).st_size and not os.fstat(self._twin).st_size:
+            keep_owner(self._file, self._twin)
             self._append(self.layout.head())
         canonical = self._read_layout()
         if canonical and self._scan():
@@ -1600,15 +1632,18 @@ class EventLog:
         self._limit = limit
         self._file = -1
         self._inode = 0
-        self._torn = False
+        self._size = 0  # of the file, at the last look
+        self._end = 0  # how far we have written or read it
+        self._torn = False  # a process died in the middle of its last line
         self._waiting: List[bytes] = []
-        self._lost = 0
+        self.lost = 0  # events for which there was no room
 
     def look(self) -> None:
         """Begin a new file if the old one was moved, deleted or is full."""
         try:
             status = os.stat(self.path)
             if status.st_ino == self._inode:
+                self._size = status.st_size
                 if not self._limit or status.st_size < self._limit:
                     return
                 self._rotate()
@@ -1618,8 +1653,21 @@ class EventLog:
             self.trouble = explain(error)
         self.reopen()
 
+    def news(self) -> Iterable[Event]:
+        """Return the events that others have appended since the last look."""
+        if self._size <= self._end:
+            return ()
+        source = EventFile(self.path, self._end)
+        self._end = self._size
+        return source
+
     def _rotate(self) -> None:
-        """Give the file the next number."""
+        """Give the file the next number, unless somebody is rewriting the log."""
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return
         last = log_files(self.path)[-2:-1]
         number = int(last[0].rpartition(".")[2]) + 1 if last else 1
         os.rename(self.path, f"{self.path}.{number}")
@@ -1636,6 +1684,7 @@ class EventLog:
             os.close(self._file)
         status = os.fstat(file)
         self._file, self._inode = file, status.st_ino
+        self._size = self._end = status.st_size
         self._torn = status.st_size > 0 \
             and os.pread(file, 1, status.st_size - 1) != b"\n"
         if not status.st_size:
@@ -1648,41 +1697,47 @@ class EventLog:
         if len(self._waiting) < MAX_WAITING_LINES:
             self._waiting.append(line)
         else:
-            self._lost += 1
+            self.lost += 1
 
-    def tend(self) -> None:
-        """Write what waits, if the disk takes it now."""
+    def tend(self, is_known: Callable[[bytes], bool]) -> None:
+        """Write what waits, if the disk takes it now and its id is still known."""
         if self.trouble:
             self.trouble = ""
             self.look()
-        while self._waiting and self._write(self._waiting[0]):
+        while self._waiting:
+            tag = self._waiting[0].split(b",", 3)[2]
+            if is_known(tag) and not self._write(self._waiting[0]):
+                return
             del self._waiting[0]
 
     def _write(self, line: bytes) -> bool:
-        """Write a line at once; tell whether the whole of it is in the file."""
+        """Write a line at once; tell whether it is in the file, whole."""
         data = b"\n" + line if self._torn else line
         try:
             written = os.write(self._file, data)
+            if written < len(data):  # the lock is held: the end is ours to cut off
+                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self.trouble = f"event log: {error.strerror}"
             return False
-        self._torn = written < len(data)
-        self.dirty = True
+        self._end += written
+        self._torn, self.dirty = False, True
         if self._sync_each_event:
+            self._sync_now()
+        return True
+
+    def _sync_now(self) -> None:
+        """Bring a line to the disk itself; it is in the file in any case."""
+        try:
             os.fsync(self._file)
-        if self._torn:
-            self.trouble = f"event log: {os.strerror(errno.ENOSPC)}"
-        return not self._torn
+        except OSError as error:
+            self.trouble = f"event log: {error.strerror}"
 
     def sync(self) -> None:
         """Bring what was written to the disk itself; safe in a thread of its own."""
         self.dirty = False
         sync_file(self.path)
-
-    def health(self) -> str:
-        """Return what is wrong; "" when all is well."""
-        lost = f"; {self._lost} events are lost" if self._lost else ""
-        return self.trouble + lost
 
 
 # ---------------------------------------------------------------------------
@@ -2177,7 +2232,7 @@ def _by_probe(facts: Facts) -> Optional[Verdict]:
 
 
 def _age(facts: Facts) -> float:
-    return UNTIMED if facts.age is None or facts.age < 0 else facts.age
+    return facts.age if facts.age is not None and facts.age >= 0 else UNTIMED
 
 
 def _by_network(facts: Facts, found: Verdict) -> Verdict:
@@ -2303,8 +2358,13 @@ class Judgement(NamedTuple):
 
     verdict: str
     reason: str
-    opens: int = 0
+    opened: bool = False  # the hit itself is a new open
     overruled: Sequence[Hit] = ()  # opens that turn out to be a machine's
+
+    @property
+    def opens(self) -> int:
+        """What the hit adds to the opens of its tag, or takes away."""
+        return self.opened - len(self.overruled)
 
 
 class Memory:
@@ -2366,9 +2426,9 @@ class Judge:
             return Judgement(*found)
         overruled = self._overrule(hit, beaten) if beaten else []
         if mine.opens and abs(hit.time - mine.opens[-1]) <= self.REPEAT:
-            return Judgement(found.verdict, "repeat", -len(overruled), overruled)
+            return Judgement(found.verdict, "repeat", False, overruled)
         mine.opens = [*mine.opens[-3:], hit.time]
-        return Judgement(*found, 1 - len(overruled), overruled)
+        return Judgement(*found, True, overruled)
 
     def _overrule(self, hit: Hit, memories: List[Memory]) -> List[Hit]:
         """Turn what clients opened within the minute into a machine's; return it."""
@@ -2402,6 +2462,8 @@ class Judge:
                     or memory.address == hit.address
                     or network(memory.address) == network(hit.address)):
                 memory.time, memory.verdict = hit.time, found.verdict
+                memories.remove(memory)  # to the end: the first is the oldest
+                memories.append(memory)
                 return memory
         memories.append(Memory(hit, *found))
         del memories[:-8]
@@ -2432,6 +2494,22 @@ class Judge:
         for key in [key for key, strays in self._strays.items()
                     if now - strays[-1][0] > self.MINUTE]:
             del self._strays[key]
+
+    def learn(self, event: Event) -> None:
+        """Remember a hit that another server has judged."""
+        tag = event.id.encode()
+        hit = Hit(tag, seconds(event.time), event.address, event.agent)
+        if event.reason == "composing" and is_personal(event.agent):
+            self.learn_sender(tag, event.address, event.agent)
+        elif event.event == "verdict":
+            self._overrule(hit, [memory for memory in self._remembered(hit)
+                                 if memory.agent == event.agent
+                                 and network(memory.address) == network(hit.address)])
+        elif event.event == "hit" and event.address:
+            memory = self._memory(hit, Verdict(event.verdict, event.reason),
+                                  self._remembered(hit))
+            if counted_opens(event):
+                memory.opens.append(hit.time)
 
     def learn_sender(self, tag: bytes, address: str, agent: str) -> None:
         """Remember who fetched a pixel while its mail was being written."""
@@ -2490,21 +2568,21 @@ def rewrite_log(path: str, change: Callable[[Event], Iterable[Event]],
 
     finish is called last, with the register's lock held since the last event was read.
     """
-    from contextlib import ExitStack
-
     path = os.path.realpath(path)
-    with ExitStack() as stack:
-        stack.enter_context(locked_log(path))
-        for name in log_files(path):
+    with locked_log(path), ExitStack() as drafts:
+        for name in log_files(path):  # of which path is the last
             source = EventFile(name)
-            with open(name, "rb") as old, NewFile(name, old.fileno()) as new, \
-                    open(os.dup(new), "wb") as out:
-                out.write(EVENT_HEADER)
-                out.writelines(e.line() for event in source for e in change(event))
-                if name == path:
-                    stack.enter_context(register)
-                    out.writelines(e.line() for event in source for e in change(event))
-        finish()
+            old = drafts.enter_context(open(name, "rb"))
+            new = drafts.enter_context(NewFile(name, old.fileno()))
+            out = drafts.enter_context(open(os.dup(new), "wb"))
+            out.write(EVENT_HEADER)
+            out.writelines(e.line() for event in source for e in change(event))
+        with register:
+            if not os.path.samestat(os.fstat(old.fileno()), os.stat(path)):
+                raise TrackerError(f"{path} was moved meanwhile; run this once more")
+            out.writelines(e.line() for event in source for e in change(event))
+            drafts.close()  # puts all of them in place
+            finish()
 
 
 @contextmanager
@@ -2907,10 +2985,10 @@ class PixelServer:
         self._clients: Dict[int, Client] = {}
         limit = open_file_limit()
         self._most = min(MAX_WAITING, limit - min(64, limit // 2))
-        self._held: Dict[bytes, List[Tuple[bytes, int]]] = {}
+        self._held: Dict[bytes, List[Tuple[bytes, bool, int]]] = {}
         self._lost = 0
         self._now = 0
-        self._now_text = self._window_start = b""
+        self._now_text = self._window_start = self._soon = b""
         self._next_tick = 0.0
         self._handler = handler_class()
 
@@ -3174,6 +3252,8 @@ class PixelServer:
             with self.register:
                 if self._events:
                     self._events.look()
+                    for event in self._events.news():
+                        self._judge.learn(event)
                 for tags, asked in zip(meant, requests):
                     self._count_one(tags, asked, now)
         else:
@@ -3200,24 +3280,25 @@ class PixelServer:
                 return False
             sent = place.sent.strip()
             hit = Hit(tag, self._now, address, request.agent, request.purpose,
-                      not sent and place.created > self._window_start,
+                      not sent and self._window_start < place.created <= self._soon,
                       self._now - seconds(sent.decode()) if sent else None,
                       request.private)
             found = self._judge.judge(hit)
         except Exception as error:  # the pixel is sent whatever happens here
             self._log.rarely(f"cannot judge: {explain(error)}")
-            return self._hold(tag, now, 0)
+            return self._hold(tag, (now, False, 0))
         event = self._kept(hit, found, now)
         self._log_event(event, found)
         try:
-            hits, opens = self.register.count(place, now, found.opens)
+            hits, opens = self.register.count(
+                place, now, found.opened, len(found.overruled))
         except OSError as error:
             self._log.rarely(f"cannot count: {explain(error)}")
-            return self._hold(tag, now, found.opens)
+            return self._hold(tag, (now, found.opened, len(found.overruled)))
         if not self._settings.quiet:
             self._log.line(f"hit {event.id} {hits} {event.address or '-'} "
                            f"{event.verdict} {event.reason} {event.agent}".rstrip())
-        if self._on_open and found.opens > 0:
+        if self._on_open and found.opened:
             name = self.register.name_of(place)
             self._opened.append(Open(event, name, hits, opens))
         return True
@@ -3239,12 +3320,12 @@ class PixelServer:
                 again = self._kept(old, Judgement(*MANY_NETWORKS), when)
                 self._events.append(again._replace(event="verdict").line())
 
-    def _hold(self, tag: bytes, now: bytes, opens: int) -> bool:
+    def _hold(self, tag: bytes, hit: Tuple[bytes, bool, int]) -> bool:
         """Keep a hit in memory until the disk takes it; False: no such tag."""
         if not self.register.may_know(tag):
             return False
         if tag in self._held or len(self._held) < MAX_HELD:
-            self._held.setdefault(tag, []).append((now, opens))
+            self._held.setdefault(tag, []).append(hit)
         else:
             self._lost += 1
         return True
@@ -3255,15 +3336,15 @@ class PixelServer:
         if stray:
             request = read_headers(headers)
             address = client_address(peer, request.forwarded, self._is_trusted)
-            self._judge.stray(stray[-1], address, time.time())
+            self._judge.stray(stray[-1].partition(b".")[0], address, time.time())
 
     def _tend(self) -> None:
         """Write what was held, and see what others did to the files."""
-        self.register.tend()
         try:
+            self.register.tend()
             with self.register:
                 if self._events:
-                    self._events.tend()
+                    self._events.tend(self.register.may_know)
                 for tag, hits in list(self._held.items()):
                     while hits:
                         self.register.hit(tag, *hits[0])
@@ -3279,17 +3360,26 @@ class PixelServer:
         """Return what is wrong; "" when all is well."""
         held = sum(map(len, self._held.values()))
         wrong = [self.register.trouble,
-                 self._events.health() if self._events else "",
+                 self._events.trouble if self._events else "",
                  f"{held} hits wait for the disk" if held else "",
-                 f"{self._lost} hits found no room in memory" if self._lost else ""]
+                 self._losses()]
         return "; ".join(filter(None, wrong))
+
+    def _losses(self) -> str:
+        """Return what was lost while the disk refused it; "" once it takes all again."""
+        lost = self._lost + (self._events.lost if self._events else 0)
+        waiting = self._held or self._events and self._events.trouble
+        return f"{lost} hits or events found no room in memory" \
+            if lost and waiting else ""
 
     def _time(self) -> bytes:
         """Return the time as the register writes it."""
         now = int(time.time())
         if now != self._now:
             self._now, self._now_text = now, utc_text(now).encode()
-            self._window_start = utc_text(now - self._settings.compose_window).encode()
+            window = self._settings.compose_window
+            self._window_start = utc_text(now - window).encode()
+            self._soon = utc_text(now + 5).encode()
         return self._now_text
 
 
