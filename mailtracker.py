@@ -170,7 +170,7 @@ ID_LENGTH = 21  # 19 * 27**20 values: 99 bits
 # Ids of this program, or the 40 hex digits of its forerunner of 2018.
 _ID = "[%s][%s]{15,39}|[0-9a-f]{40}" % (ID_LETTERS, ID_LETTERS + "2-9")
 _WHOLE_ID = re.compile(_ID)
-_ID_IN_PATH = re.compile(rb"/(%s)(?=[./]|$)" % _ID.encode())
+_ID_IN_PATH = re.compile(rb"/(%s)(?:\.[\w-]+)*(?=/|$)" % _ID.encode())
 
 TAG_FORMATS = {
     # display:none would hide it as well, but then Gmail never loads it (mautic#2193).
@@ -3366,7 +3366,7 @@ class PixelServer:
         return "; ".join(filter(None, wrong))
 
     def _losses(self) -> str:
-        """Return what was lost while the disk refused it; "" once it takes all again."""
+        """Return what was lost while the disk refuses to take it; "" otherwise."""
         lost = self._lost + (self._events.lost if self._events else 0)
         waiting = self._held or self._events and self._events.trouble
         return f"{lost} hits or events found no room in memory" \

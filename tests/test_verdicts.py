@@ -224,7 +224,7 @@ def test_a_request_has_its_verdict_and_reason(reason, verdict, facts):
 
 
 def test_every_reason_has_plain_words_and_a_case():
-    by_the_caller = {"composing", "sender-client", "own-network"}
+    by_the_caller = {"composing", "sender-client", "own-network", "repeat"}
     cases = {reason for reason, _, _ in AGENTS} | {reason for reason, _, _ in FACTS}
     assert cases | by_the_caller == set(mailtracker.REASONS)
     assert all(words.strip() for words in mailtracker.REASONS.values())
