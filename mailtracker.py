@@ -2,29 +2,36 @@
 # /// script
 # requires-python = ">=3.9"
 # ///
-"""Tell which of your e-mails were opened, when and how often.
+"""Tell which of your e-mails were opened, when, how often, and if by a person.
 
 Make a tag, paste it into a mail, and let the server count its fetches:
 
     mailtracker.py server                        serve pixels, count hits
     mailtracker.py newtag --name john --server t.example.org
     mailtracker.py dump                          show the register
+    mailtracker.py dump --id 7hq2vxw             show one tag with its history
+    mailtracker.py rejudge --dry-run             judge old hits by today's rules
+    mailtracker.py forget john                   remove all that is known of a tag
 
 The words, the same everywhere:
 
-    tag       one thing that is tracked: an id, its row in the register, and the
-              <img> element that carries it
-    id        the opaque token in the pixel's URL
-    pixel     the 1x1 transparent GIF, and its URL
-    hit       one fetch of the pixel
-    register  the CSV file with one row per tag: register.csv
+    tag        one thing that is tracked: an id, its row in the register, and the
+               <img> element that carries it
+    id         the opaque token in the pixel's URL
+    pixel      the 1x1 transparent GIF, and its URL
+    hit        one fetch of the pixel: a fact
+    verdict    what a hit is judged to be: human, proxy, machine, self or unknown
+    open       a hit by a human, or by a proxy on a person's behalf: a judgement
+    register   the CSV file with one row per tag
+    event log  the CSV file with one row per hit
 
 The files, all beside each other:
 
-    register.csv        the register: counted in place, open it in any spreadsheet
-    register.csv.twin   its copy, which no spreadsheet saves over: what a stale save
-                        loses is put back from it
-    register.csv.bak    the last version of the register that had to be repaired
+    register.csv         the register: counted in place, open it in any spreadsheet
+    register.csv.twin    its copy, which no spreadsheet saves over: what a stale save
+                         loses is put back from it
+    register.csv.bak     the last version of the register that had to be repaired
+    register.events.csv  the event log
 
 Exit codes: 0 all went well, 1 it did not and one line says why, 2 wrong usage.
 """
@@ -67,6 +74,7 @@ from typing import Union
 if TYPE_CHECKING:
     import socket
     import ssl
+    import subprocess
 
 if sys.platform == "win32":
     import msvcrt
@@ -170,7 +178,7 @@ ID_LENGTH = 21  # 19 * 27**20 values: 99 bits
 # Ids of this program, or the 40 hex digits of its forerunner of 2018.
 _ID = "[%s][%s]{15,39}|[0-9a-f]{40}" % (ID_LETTERS, ID_LETTERS + "2-9")
 _WHOLE_ID = re.compile(_ID)
-_ID_IN_PATH = re.compile(rb"/(%s)(?:\.[\w-]+)*(?=/|$)" % _ID.encode())
+_ID_IN_PATH = re.compile(rb"/(%s)(?:\.[\w-]*)*(?=/|$)" % _ID.encode())
 
 TAG_FORMATS = {
     # display:none would hide it as well, but then Gmail never loads it (mautic#2193).
@@ -271,7 +279,7 @@ COUNTERS = {"hits": 10, "last_hit": 20, "opens": 10, "last_open": 20}
 _FACTS = 2  # so many of them are facts
 _FIXED_COLUMNS = ("id", *COUNTERS, "created")
 _OWN_COLUMNS = (*_FIXED_COLUMNS, "name")
-_EXTRA_COLUMN = "sent"  # behind created, in registers with a tag whose mail is sent
+SENT_COLUMN = "sent"  # behind created, in registers with a tag whose mail is sent
 _ALIASES = {"clicks": "hits", "lastclick": "last_hit"}  # the tracker of 2018
 DUPLICATE = "dup "  # before the id of a row whose id stands in another one as well
 _LARGEST = 10 ** 10 - 1
@@ -307,8 +315,8 @@ class Layout(NamedTuple):
 
     def fixed(self) -> Tuple[str, ...]:
         """Return the columns of fixed width that every row begins with."""
-        has_extra = _EXTRA_COLUMN in self.columns
-        return (*_FIXED_COLUMNS, _EXTRA_COLUMN) if has_extra else _FIXED_COLUMNS
+        has_extra = SENT_COLUMN in self.columns
+        return (*_FIXED_COLUMNS, SENT_COLUMN) if has_extra else _FIXED_COLUMNS
 
     def canonical(self) -> Layout:
         """Return the layout with the fixed columns first and no own one missing."""
@@ -377,7 +385,7 @@ def _known_columns(cells: Sequence[str]) -> Tuple[str, ...]:
     for cell in cells:
         name = cell.strip().lower()
         name = _ALIASES.get(name, name)
-        own = name in _OWN_COLUMNS or name == _EXTRA_COLUMN
+        own = name in _OWN_COLUMNS or name == SENT_COLUMN
         columns.append(name if own and name not in columns else cell)
     known = set(columns).intersection(_OWN_COLUMNS)
     return tuple(columns) if "id" in known and len(known) > 1 else ()
@@ -802,10 +810,30 @@ class Tag(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the counters of an id stand, and the bytes from there to created."""
+    """Where the counters of an id stand, and the fixed cells from there on."""
 
     offset: int
     row: bytes
+
+    @property
+    def hits(self) -> int:
+        """How often it was fetched."""
+        return int(self.row[:10])
+
+    @property
+    def last_hit(self) -> bytes:
+        """The time of the last hit; 20 spaces for never."""
+        return self.row[11:31]
+
+    @property
+    def opens(self) -> int:
+        """How many of the hits were opens."""
+        return int(self.row[32:42])
+
+    @property
+    def last_open(self) -> bytes:
+        """The time of the last open; 20 spaces for never."""
+        return self.row[43:63]
 
     @property
     def created(self) -> bytes:
@@ -843,6 +871,7 @@ class Register:
         self._inode = (0, 0)
         self._end = -1  # the size up to which index, register and twin agree
         self._index = Index()
+        self._delimiter = b","
         self._fixed = 0  # bytes from the counters to the end of the last fixed column
         self._indexed = 0  # the inode of the twin that the index was made from
         self._next_try = self._missing_since = 0.0
@@ -882,7 +911,7 @@ class Register:
             if not self.trouble and os.pread(self._file, size, offset) != row:
                 self._try_to_settle()
                 return self.find(tag)
-            if row.startswith(tag + self.layout.delimiter.encode()):
+            if row.startswith(tag + self._delimiter):
                 return Place(offset + len(tag) + 1, row[len(tag) + 1:])
         return None
 
@@ -895,12 +924,11 @@ class Register:
         The lock has been held since the place was found. The hit is in the file when
         this returns. Raise OSError when it cannot be; then it was not counted at all.
         """
-        row, d = place.row, place.row[10:11]
-        hits = min(int(row[:10]) + 1, _LARGEST)
-        opens = min(max(int(row[32:42]) + opened - overruled, 0), _LARGEST)
-        last_open = max(row[43:63], now) if opened else row[43:63]
-        self._write(place.offset, b"%010d%b%b%b%010d%b%b" % (
-            hits, d, max(row[11:31], now), d, opens, d, last_open))
+        hits = min(place.hits + 1, _LARGEST)
+        opens = min(max(place.opens + opened - overruled, 0), _LARGEST)
+        last_open = max(place.last_open, now) if opened else place.last_open
+        self._write(place.offset, self._delimiter.join((
+            b"%010d" % hits, max(place.last_hit, now), b"%010d" % opens, last_open)))
         return hits, opens
 
     def hit(self, tag: bytes, now: bytes, opened: bool = False,
@@ -912,32 +940,32 @@ class Register:
         place = self.find(tag)
         return self.count(place, now, opened, overruled)[0] if place else 0
 
-    def correct(self, tag: bytes, opens: int, last_open: bytes) -> None:
+    def correct(self, tag: bytes, opens: int, last_open: str) -> None:
         """Set what is judged of an id anew, the lock being held."""
         place = self.find(tag)
         if place:
-            self._write(place.offset + 32, b"%010d%b%b" % (
-                opens, place.row[10:11], last_open))
+            cells = b"%010d" % opens, last_open.encode()
+            self._write(place.offset + 32, self._delimiter.join(cells))
 
     def add_opens(self, opens: Dict[str, int]) -> None:
         """Add to the opens of ids, the lock being held."""
         for tag, more in opens.items():
             place = self.find(tag.encode())
             if place:
-                total = max(0, int(place.row[32:42]) + more)
-                self.correct(tag.encode(), total, place.row[43:63])
+                total = max(0, place.opens + more)
+                self.correct(tag.encode(), total, place.last_open.decode())
 
-    def raise_to(self, tag: bytes, counters: Sequence[bytes]) -> bool:
-        """Raise the counters of an id, the lock being held; tell if that was needed.
+    def mend(self, tag: bytes, counters: Sequence[bytes]) -> bool:
+        """Take counters over from the log, the lock being held; tell if that was done.
 
-        For what another record counted: it has the say only where it has more hits.
+        Unless it has fewer hits than the register: then it does not reach back.
         """
         place = self.find(tag)
-        if not place or place.row[:10] >= counters[0]:
+        if not place or place.hits > int(counters[0]):
             return False
-        d = place.row[10:11]
-        cells = merged(place.row[:_COUNTED].split(d), counters)
-        self._write(place.offset, d.join(cells))
+        last_hit = max(place.last_hit, counters[1])
+        self._write(place.offset, self._delimiter.join(
+            (counters[0], last_hit, *counters[2:])))
         return True
 
     def name_of(self, place: Place) -> str:
@@ -992,7 +1020,7 @@ class Register:
             if not self._in_step():
                 self._settle_patiently()
             if any(tag.sent != NEVER for tag in tags):
-                self._add_column(_EXTRA_COLUMN)
+                self._add_column(SENT_COLUMN)
             text = "".join(csv_row(self._cells(tag), self.layout) for tag in tags)
             self._append(text.encode())
         finally:
@@ -1223,7 +1251,7 @@ class Register:
 
     def _use(self, layout: Layout) -> None:
         """Read rows of this layout from now on."""
-        self.layout = layout
+        self.layout, self._delimiter = layout, layout.delimiter.encode()
         self._fixed = _COUNTED + 21 * (len(layout.fixed()) - len(COUNTERS) - 1)
 
     # -- the scan: both files side by side ----------------------------------
@@ -1279,7 +1307,7 @@ class Register:
 
     def _merged(self, counters: bytes, others: bytes) -> bytes:
         """Return the counters of a row and its twin in one."""
-        d = self.layout.delimiter.encode()
+        d = self._delimiter
         return d.join(merged(counters.split(d), others.split(d)))
 
     # -- the merge: what somebody saved, and what we know better -------------
@@ -1404,7 +1432,7 @@ class Merge:
             if known["id"] in self._without:
                 continue
             self.returned += 1
-            yield [known.get(column, NEVER if column == _EXTRA_COLUMN else "")
+            yield [known.get(column, NEVER if column == SENT_COLUMN else "")
                    for column in self._target.columns]
 
     def _tag(self, row: List[str]) -> List[str]:
@@ -1494,57 +1522,77 @@ def agent_cell(agent: str) -> str:
 
 def events_path(register: str) -> str:
     """Return where the log of a register is: register.events.csv for register.csv."""
-    stem, extension = os.path.splitext(register)
+    stem, extension = os.path.splitext(os.path.realpath(register))
     return f"{stem}.events{extension or '.csv'}"
 
 
 def log_files(path: str) -> List[str]:
-    """Return the files of a log, the oldest first: path.1, path.2, … and path."""
+    """Return the files of a log, the oldest first and path itself last.
+
+    Numbers do not tell the order: ours grow, those of logrotate are passed on.
+    """
     folder, name = os.path.split(path)
-    numbers = sorted(
-        int(entry[len(name) + 1:]) for entry in os.listdir(folder or ".")
-        if re.fullmatch(re.escape(name) + r"\.\d{1,9}", entry))
-    files = [f"{path}.{number}" for number in numbers]
-    return files + [path] if os.path.exists(path) else files
+    old = [os.path.join(folder, entry) for entry in os.listdir(folder or ".")
+           if re.fullmatch(re.escape(name) + r"\.\d{1,9}", entry)]
+    return sorted(old, key=_begin) + ([path] if os.path.exists(path) else [])
+
+
+def _begin(path: str) -> Tuple[str, str]:
+    """Return the time of the first event of a file, and its name."""
+    with EventFile(path) as events:
+        return next((event.time for event in events), ""), path
+
+
+def parse_event(line: bytes) -> Optional[Event]:
+    """Return the event of a line; None for the header and for a broken line."""
+    cells = line.decode("utf-8", "replace").rstrip("\r\n").split(",", 6)
+    if len(cells) < len(EVENT_COLUMNS) or not is_time(cells[0]):
+        return None
+    agent = cells[6]  # the only cell that can hold a comma or a quote
+    if agent.startswith('"'):
+        agent = agent[1:-1].replace('""', '"')
+    return Event._make([*cells[:6], unescape_formula(agent)])
 
 
 class EventFile:
-    """The events of one file of a log; iterate again for what has come since."""
+    """The events of one file of a log; iterate again for what has come since.
+
+    The file stays open, so it may be moved meanwhile.
+    """
 
     def __init__(self, path: str, offset: int = 0) -> None:
-        self.path = path
+        self.file = open(path, "rb")
+        self.inode = os.fstat(self.file.fileno()).st_ino
         self.offset = offset
+
+    def __enter__(self) -> EventFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def __iter__(self) -> Iterator[Event]:
         """Yield events from the offset on; broken lines are left out."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            rows = csv.reader(self._lines(file))
-            while True:
-                try:
-                    cells = next(rows)
-                except csv.Error:
-                    continue
-                except StopIteration:
-                    return
-                if len(cells) == len(EVENT_COLUMNS) and is_time(cells[0]):
-                    cells[6] = unescape_formula(cells[6])
-                    yield Event._make(cells)
+        return filter(None, map(parse_event, self.lines()))
 
-    def _lines(self, file: Iterable[bytes]) -> Iterator[str]:
-        """Yield whole lines; one whose quote is open must not swallow the next."""
-        for line in file:
+    def lines(self) -> Iterator[bytes]:
+        """Yield whole lines from the offset on."""
+        self.file.seek(self.offset)
+        for line in self.file:
             if not line.endswith(b"\n"):
                 return
             self.offset += len(line)
-            if not line.count(b'"') % 2:
-                yield line.decode("utf-8", "replace").replace("\0", "")
+            yield line
 
 
 def read_log(path: str) -> Iterator[Event]:
     """Yield the events of all files of a log, the oldest first."""
-    for file in log_files(path):
-        yield from EventFile(file)
+    for name in log_files(path):
+        try:
+            with EventFile(name) as file:
+                yield from file
+        except FileNotFoundError:
+            pass  # rotated just now
 
 
 def counted_opens(event: Event) -> int:
@@ -1608,9 +1656,11 @@ def compare_log(register: str, log: str) -> Iterator[List[str]]:
                 and is_personal(event.agent):
             count.append(sender)
             yield sender
+    # Read after the log: where both have the same hits, none came in between.
     for row in register_rows(register)[1]:
-        count = counts.get(row["id"], [0])
-        if count[0] > int(row["hits"]):
+        count = counts.get(row["id"], [0, NEVER, 0, NEVER])
+        hits, opens = int(row["hits"]), int(row["opens"])
+        if count[0] > hits or count[0] == hits and opens != max(count[2], 0):
             yield ["counters", row["id"], "%010d" % count[0], count[1],
                    "%010d" % max(count[2], 0), count[3]]
     yield ["end"]
@@ -1657,9 +1707,9 @@ class EventLog:
         """Return the events that others have appended since the last look."""
         if self._size <= self._end:
             return ()
-        source = EventFile(self.path, self._end)
-        self._end = self._size
-        return source
+        with EventFile(self.path, self._end) as source:
+            self._end = self._size
+            return list(source)
 
     def _rotate(self) -> None:
         """Give the file the next number, unless somebody is rewriting the log."""
@@ -1668,22 +1718,26 @@ class EventLog:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return
-        last = log_files(self.path)[-2:-1]
-        number = int(last[0].rpartition(".")[2]) + 1 if last else 1
-        os.rename(self.path, f"{self.path}.{number}")
+        numbers = [int(name.rpartition(".")[2]) for name in log_files(self.path)[:-1]]
+        os.rename(self.path, f"{self.path}.{max(numbers, default=0) + 1}")
 
     def reopen(self) -> None:
         """Open the file that the path names, and make it if there is none."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | _O_BINARY
         try:
+            if os.path.exists(self.path) and not os.path.isfile(self.path):
+                raise OSError(errno.EINVAL, "not a regular file", self.path)
             file = os.open(self.path, flags, 0o600)
         except OSError as error:
             self.trouble = explain(error)
-            return
+            file = -1  # what is gone must not be written to
         if self._file >= 0:
             os.close(self._file)
+        self._file, self._inode = file, 0
+        if file < 0:
+            return
         status = os.fstat(file)
-        self._file, self._inode = file, status.st_ino
+        self._inode = status.st_ino
         self._size = self._end = status.st_size
         self._torn = status.st_size > 0 \
             and os.pread(file, 1, status.st_size - 1) != b"\n"
@@ -2570,19 +2624,32 @@ def rewrite_log(path: str, change: Callable[[Event], Iterable[Event]],
     """
     path = os.path.realpath(path)
     with locked_log(path), ExitStack() as drafts:
+        folder = os.path.dirname(path)
+        for entry in os.listdir(folder):  # what a killed rewriting left
+            if entry.startswith(os.path.basename(path)) and entry.endswith(".new"):
+                os.unlink(os.path.join(folder, entry))
         for name in log_files(path):  # of which path is the last
-            source = EventFile(name)
-            old = drafts.enter_context(open(name, "rb"))
-            new = drafts.enter_context(NewFile(name, old.fileno()))
+            source = drafts.enter_context(EventFile(name))
+            new = drafts.enter_context(NewFile(name, source.file.fileno()))
             out = drafts.enter_context(open(os.dup(new), "wb"))
-            out.write(EVENT_HEADER)
-            out.writelines(e.line() for event in source for e in change(event))
+            out.writelines(changed_lines(source, change))
         with register:
-            if not os.path.samestat(os.fstat(old.fileno()), os.stat(path)):
+            if source.inode != os.stat(path).st_ino:
                 raise TrackerError(f"{path} was moved meanwhile; run this once more")
-            out.writelines(e.line() for event in source for e in change(event))
+            out.writelines(changed_lines(source, change))
             drafts.close()  # puts all of them in place
             finish()
+
+
+def changed_lines(source: EventFile, change: Callable[[Event], Iterable[Event]]
+                  ) -> Iterator[bytes]:
+    """Yield what change makes of each line; what is no event stays as it is."""
+    for line in source.lines():
+        event = parse_event(line)
+        if event:
+            yield from (new.line() for new in change(event))
+        else:
+            yield line
 
 
 @contextmanager
@@ -2653,18 +2720,22 @@ def is_settled(event: Event) -> bool:
 
 
 def correct_register(register: Register, path: str, opens: Dict[str, int]) -> None:
-    """Add to the opens of the register, and find the time of the last one again."""
-    last: Dict[str, str] = {}
-    for event in read_log(path):
+    """Find the last open of some ids again, after their opens have changed."""
+    times: Dict[str, Set[str]] = {tag: set() for tag in opens}
+    newest = ""
+    for event in read_log(path) if opens else ():
+        newest = max(newest, event.time)
         if event.id in opens and counted_opens(event) > 0:
-            last[event.id] = max(last.get(event.id, ""), event.time)
+            times[event.id].add(event.time)
+        elif event.id in opens and event.event == "verdict":
+            times[event.id].discard(event.time)
     with register:
         for tag in opens:
             place = register.find(tag.encode())
-            if place:
-                count = int(place.row[32:42])
-                known = last.get(tag, "") if count else NEVER
-                register.correct(tag.encode(), count, (known or NEVER).encode())
+            if place and place.last_open.decode() <= newest:
+                known = max(times[tag], default=place.last_open.decode())
+                register.correct(tag.encode(), place.opens,
+                                 known if place.opens else NEVER)
 
 
 # ---------------------------------------------------------------------------
@@ -2733,7 +2804,7 @@ def answer(status: int, body: bytes = b"", kind: bytes = b"text/plain") -> bytes
 
 def plain_address(address: str) -> str:
     """Return an IPv4 address that came as ::ffff:192.0.2.1 in its own form."""
-    return address[7:] if address.startswith("::ffff:") else address
+    return address[7:] if address[:7].lower() == "::ffff:" else address
 
 
 def client_address(peer: str, forwarded: str, is_trusted: Callable[[str], bool]) -> str:
@@ -2881,22 +2952,24 @@ class OpenCommand:
         import threading
 
         self._command, self._first_only, self._log = command, first_only, log
-        self._queue: queue.Queue[Optional[Open]] = queue.Queue(self.QUEUE)
+        self._queue: queue.Queue[Open] = queue.Queue(self.QUEUE)
+        self._process: Optional[subprocess.Popen[bytes]] = None
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> OpenCommand:
-        self._thread.start()
+        if self._command:
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let what is queued run on for a moment."""
-        import queue
-
-        try:
-            self._queue.put(None, timeout=DRAIN_SECONDS)
-        except queue.Full:
-            pass
-        self._thread.join(DRAIN_SECONDS)
+        """Let what is queued run on for a moment, then end what still runs."""
+        self._stopping = True
+        if not self._command:
+            return
+        self._thread.join(0 if self._queue.empty() and not self._process else 2.0)
+        if self._process:
+            self._end(self._process)
 
     def __call__(self, opened: Open) -> None:
         import queue
@@ -2909,13 +2982,12 @@ class OpenCommand:
             self._log.rarely("on-open: the command is too slow; opens were left out")
 
     def _run(self) -> None:
-        opened = self._queue.get()
-        while opened:
+        while not (self._stopping and self._queue.empty()):
+            opened = self._queue.get()
             try:
                 self._start(opened)
             except (OSError, ValueError) as error:
                 self._log.rarely(f"on-open: {error}")
-            opened = self._queue.get()
 
     def _start(self, opened: Open) -> None:
         """Run the command for one open; its facts are in the environment only."""
@@ -2924,7 +2996,7 @@ class OpenCommand:
         facts = {**opened.event._asdict(), **opened._asdict()}
         environment = {"MAILTRACKER_" + name.upper(): clean(str(value))
                        for name, value in facts.items() if name != "event"}
-        process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             self._command, shell=True, env={**os.environ, **environment},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True)
@@ -2934,10 +3006,19 @@ class OpenCommand:
                 self._log.rarely(f"on-open: the command exits {code}")
         except subprocess.TimeoutExpired:
             self._log.rarely(f"on-open: ended after {self.LIMIT:.0f} s")
-            if hasattr(os, "killpg"):
+            self._end(process)
+        finally:
+            self._process = None
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """End a command and all that it has started."""
+        if hasattr(os, "killpg"):
+            try:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            process.wait()
+            except ProcessLookupError:
+                pass
+        process.kill()
+        process.wait()
 
 
 class Settings(NamedTuple):
@@ -3034,7 +3115,7 @@ class PixelServer:
         mended = 0
         with self.register:
             for tag, *counters in mending.rows("counters"):
-                mended += self.register.raise_to(
+                mended += self.register.mend(
                     tag.encode(), [cell.encode() for cell in counters])
         for tag, address, agent in mending.rows("sender"):
             self._judge.learn_sender(tag.encode(), address, agent)
@@ -3730,6 +3811,7 @@ def text_width(text: str) -> int:
 def fit(text: str, width: int) -> str:
     """Return text cut or padded to a number of terminal columns."""
     if text_width(text) > width:
+        text = text[:width - 1]
         while text_width(text) > width - 1:
             text = text[:-1]
         text += "…"
@@ -3835,24 +3917,24 @@ def json_lines(rows: Iterable[Row]) -> Iterator[str]:
 
 def follow(path: str, log: str, selection: Selection) -> Iterator[str]:
     """Yield a line for each new event as it comes, for ever; the log may be moved."""
-    source = EventFile(log)
-    inode = 0
-    if os.path.exists(log):
-        inode, source.offset = os.stat(log).st_ino, os.stat(log).st_size
+    latest = utc_text(time.time())
+    source = EventFile(log, os.stat(log).st_size) if os.path.exists(log) else None
     while True:
-        try:
-            if os.stat(log).st_ino != inode:
-                inode, source = os.stat(log).st_ino, EventFile(log)
-            for event in source:
-                row = find_row(path, event.id)
-                if selection._replace(name="").takes_event(event, None) and \
-                        selection._replace(since="", opened=None).takes(row):
-                    why = REASONS.get(event.reason, event.reason)
-                    yield clean(f"{event.time}  {event.id[:7]}  {row['name']}  "
-                                f"{event.verdict}: {why}  {event.address}").rstrip()
-        except FileNotFoundError:
-            pass  # not made yet, or just being moved
+        for event in source or ():
+            latest = max(latest, event.time)
+            row = find_row(path, event.id)
+            if selection._replace(name="").takes_event(event, None) and \
+                    selection._replace(since="", opened=None).takes(row):
+                why = REASONS.get(event.reason, event.reason)
+                yield clean(f"{event.time}  {event.id[:7]}  {row['name']}  "
+                            f"{event.verdict}: {why}  {event.address}").rstrip()
         time.sleep(0.2)
+        if os.path.exists(log) and (not source or os.stat(log).st_ino != source.inode):
+            if source:
+                source.file.close()
+            # What was written anew is no news.
+            selection = selection._replace(since=max(selection.since, latest))
+            source = EventFile(log)
 
 
 @lru_cache(maxsize=1024)
@@ -3939,19 +4021,10 @@ def greet_user(options: argparse.Namespace, listener: socket.socket,
     tell_systemd("READY=1")
 
 
-def signals_for(server: PixelServer, log: LogFile) -> Any:
-    """Return a context in which signals stop the server and reopen its log."""
-    import contextlib
+@contextmanager
+def signals_for(server: PixelServer, log: LogFile) -> Iterator[None]:
+    """Let signals stop the server, and SIGHUP open its log file again."""
     import socket
-
-    @contextlib.contextmanager
-    def handled() -> Iterator[None]:
-        here, there = socket.socketpair()
-        there.setblocking(False)
-        signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-        server.call_on(here.fileno(), lambda: here.recv(4096))
-        with here, there:
-            yield
 
     def on_stop(number: int, frame: object) -> None:
         if server.stopping:
@@ -3963,12 +4036,21 @@ def signals_for(server: PixelServer, log: LogFile) -> Any:
             log.reopen()
         except OSError as error:
             log.line(explain(error))
+        # The event log looks for a moved file by itself, at every hit.
 
-    signal.signal(signal.SIGTERM, on_stop)
-    signal.signal(signal.SIGINT, on_stop)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, on_hangup)
-    return handled()
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    with here, there:
+        server.call_on(here.fileno(), lambda: here.recv(4096))
+        signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, on_stop)
+        signal.signal(signal.SIGINT, on_stop)
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, on_hangup)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
 
 
 class SyncEverySecond:
@@ -4146,8 +4228,9 @@ def dump_events(path: str, log: str, wanted: Selection,
     if options.format == "table":
         rows = in_order((e._asdict() for e in events), EVENT_COLUMNS, options)
         print(EVENT_HEADING)
+        screen = screen_width()
         for row in rows:
-            print(event_line(Event(**row), screen_width()))
+            print(event_line(Event(**row), screen))
     else:
         rows = in_order((e._asdict() for e in events), EVENT_COLUMNS, options)
         print_rows(EVENT_COLUMNS, rows, options)
@@ -4212,7 +4295,7 @@ def sending_times(path: str) -> Callable[[Event], Optional[float]]:
     """
     file, layout = open_register(path)
     rows = Twin(file)
-    if _EXTRA_COLUMN not in layout.columns:
+    if SENT_COLUMN not in layout.columns:
         return lambda event: None
 
     def age(event: Event) -> Optional[float]:
