@@ -1071,6 +1071,9 @@ class Register:
 
         With an index hits can be counted. Raise TrackerError or OSError.
         """
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise TrackerError(f"no such folder: {folder}")
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise TrackerError(f"{self._shown} is not a regular file")
         self._lock()
@@ -3787,6 +3790,8 @@ def _plain_rows(file: int, layout: Layout, target: Layout) -> Iterator[Row]:
             if len(cell) != width:
                 cell = counter_cell(cell, width)
             row[column] = cell.strip() if width > 10 else cell.lstrip("0") or "0"
+        for column in target.fixed()[1 + len(COUNTERS):]:
+            row[column] = row[column].strip()
         row["name"] = unescape_formula(row["name"])
         yield row
 
@@ -3810,6 +3815,8 @@ def text_width(text: str) -> int:
 
 def fit(text: str, width: int) -> str:
     """Return text cut or padded to a number of terminal columns."""
+    if text.isascii():
+        return text.ljust(width) if len(text) <= width else text[:width - 1] + "…"
     if text_width(text) > width:
         text = text[:width - 1]
         while text_width(text) > width - 1:
@@ -3843,8 +3850,13 @@ def table_lines(rows: Iterable[Row], full: bool = False,
               f"{row['hits']:>{wide}}  {row['opens']:>5}  " \
               f"{minute(row['last_hit']):16}  {minute(row['last_open']):16}  " \
               f"{clean(row['created'][:10].strip()) or '-'}"
-    yield f"{tags} tag{'s' * (tags != 1)}, {opened} opened, " \
-          f"{hits} hits, {opens} opens"
+    yield f"{plural(tags, 'tag')}, {opened} opened, " \
+          f"{plural(hits, 'hit')}, {plural(opens, 'open')}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 hit, 2 hits."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def event_line(event: Event, screen: int = 80) -> str:
@@ -4307,11 +4319,13 @@ def sending_times(path: str) -> Callable[[Event], Optional[float]]:
 
 def print_changes(again: Rejudging, dry_run: bool) -> None:
     """Print what judging anew changed."""
-    print(f"{again.hits} hits judged again, {sum(again.changed.values())} differently")
+    print(f"{plural(again.hits, 'hit')} judged again, "
+          f"{sum(again.changed.values())} differently")
     for (old, why, new, because), count in sorted(
             again.changed.items(), key=lambda item: -item[1]):
         print(f"{count:10}  {old} ({why}) -> {new} ({because})")
-    print(f"{sum(again.opens.values()):+10}  opens, on {len(again.opens)} tags")
+    print(f"{sum(again.opens.values()):+10}  opens, "
+          f"on {plural(len(again.opens), 'tag')}")
     if dry_run:
         print("nothing was changed: this was a dry run")
 
@@ -4326,7 +4340,8 @@ def cmd_forget(options: argparse.Namespace) -> int:
     events = sum(event.id in rows for event in read_log(log))
     for line in table_lines(rows.values(), screen=screen_width()):
         print(line)
-    print(f"with {events} events in the log, for good, and in the backup as well")
+    print(f"with {plural(events, 'event')} in the log, for good, "
+          "and in the backup as well")
     if options.dry_run:
         print("nothing was changed: this was a dry run")
         return 0
@@ -4340,7 +4355,7 @@ def cmd_forget(options: argparse.Namespace) -> int:
     else:
         with register:
             register.forget(rows)
-    print(f"forgot {len(rows)} tag{'s' * (len(rows) != 1)}")
+    print(f"forgot {plural(len(rows), 'tag')}")
     return 0
 
 
