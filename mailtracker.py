@@ -1553,6 +1553,8 @@ def parse_event(line: bytes) -> Optional[Event]:
         return None
     agent = cells[6]  # the only cell that can hold a comma or a quote
     if agent.startswith('"'):
+        if len(agent) < 2 or not agent.endswith('"') or agent.count('"') % 2:
+            return None  # cut off
         agent = agent[1:-1].replace('""', '"')
     return Event._make([*cells[:6], unescape_formula(agent)])
 
@@ -1564,6 +1566,8 @@ class EventFile:
     """
 
     def __init__(self, path: str, offset: int = 0) -> None:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise TrackerError(f"{path} is not a regular file")
         self.file = open(path, "rb")
         self.inode = os.fstat(self.file.fileno()).st_ino
         self.offset = offset

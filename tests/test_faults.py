@@ -237,8 +237,10 @@ def test_200_kills_of_servers_and_newtags_lose_no_answered_hit(
 
     def holds(answered):
         rows = canonical_rows(register)
+        logged = Counter(re.findall(r",hit,(\w+),", events_of(register).read_text()))
         return rows and set(printed) <= set(rows) and all(
-            int(rows[tag]["hits"]) >= hits for tag, hits in answered.items())
+            logged[tag] >= hits and int(rows[tag]["hits"]) >= hits
+            for tag, hits in answered.items())
 
     with Load(port, tags) as load:
         while kills < 200:
@@ -252,22 +254,17 @@ def test_200_kills_of_servers_and_newtags_lose_no_answered_hit(
                 printed += ids
             answered = load.answered()
             eventually(lambda: holds(answered), 5)
-            logged = logged_hits(register)
-            assert [tag for tag in tags if logged[tag] < answered[tag]] == []
             if len(servers) < 2:
                 servers.append(serve(*options, port=port, wait=False))
         sum_at_the_end = load.answered()
     for server in servers:
         server.kill()
     hits, answered, sent = hits_of(register), load.answered(), load.sent()
+    logged = logged_hits(register)
     assert sum(sum_at_the_end.values()) > 5000
     assert set(printed) <= set(hits)
-    for tag in tags:
-        assert answered[tag] <= hits[tag] <= sent[tag]
-    assert all(hits[tag] == 0 for tag in hits if tag not in tags)
-    logged = logged_hits(register)
-    for tag in tags:
-        assert hits[tag] <= logged[tag] <= sent[tag]  # the log is written first
+    for tag, count in hits.items():  # the log is written first
+        assert answered[tag] <= count <= logged[tag] <= sent[tag]
     assert sum(logged.values()) - sum(hits.values()) <= 200  # one for each kill
     again = serve(*options)
     eventually(lambda: counted(register, {tag: logged[tag] for tag in hits}), 10)
