@@ -1331,9 +1331,9 @@ class Register:
         if odd or merge.returned:
             self._notify(merge.summary(self._shown, odd and self.backup_path))
 
-    def _rewrite(self, target: Layout, without: Container[str] = ()) -> None:
-        """Write register and twin anew in another layout, without certain ids."""
-        merge = Merge(self.layout, target, Twin(self._twin), without)
+    def _rewrite(self, target: Layout) -> None:
+        """Write register and twin anew in another layout."""
+        merge = Merge(self.layout, target, Twin(self._twin))
         with NewFile(self.path, self._file) as file:
             merge.write(file, read_rows(self._file, self.layout))
         self._renew_twin()
@@ -1354,7 +1354,17 @@ class Register:
         """Remove ids from register, twin and backup, the lock being held."""
         self._lock()
         self._settle()
-        self._rewrite(self.layout, tags)
+        first = self._delimiter.decode()
+        with NewFile(self.path, self._file) as file, \
+                open(os.dup(file), "wb") as out:
+            out.write(self.layout.head())
+            for _, _, rows in Scan(self._file, self.layout):
+                out.writelines(
+                    row[0] for row in rows
+                    if row[0].decode().partition(first)[0].removeprefix(DUPLICATE)
+                    not in tags)
+        self._renew_twin()
+        self._settle()
         for leftover in (self.path, self.twin_path, self.backup_path):
             if os.path.exists(leftover + ".new"):
                 os.unlink(leftover + ".new")
@@ -1399,10 +1409,8 @@ class Register:
 class Merge:
     """The rows of a saved register and those of the twin, one after the other."""
 
-    def __init__(self, saved: Layout, target: Layout, twin: Twin,
-                 without: Container[str] = ()) -> None:
+    def __init__(self, saved: Layout, target: Layout, twin: Twin) -> None:
         self.returned = 0
-        self._without = without
         self._tags = 0
         self._saved, self._target, self._twin = saved, target, twin
         own = target.fixed()
@@ -1428,12 +1436,8 @@ class Merge:
         for cells in saved:
             row = [cells[i] if 0 <= i < len(cells) else "" for i in self._places]
             row += [""] * (width - len(row)) + cells[len(self._saved.columns):]
-            tag = row[0].strip()
-            if tag.removeprefix(DUPLICATE) not in self._without:
-                yield self._tag(row) if is_id(tag) else row
+            yield self._tag(row) if is_id(row[0].strip()) else row
         for known in self._twin.left():
-            if known["id"] in self._without:
-                continue
             self.returned += 1
             yield [known.get(column, NEVER if column == SENT_COLUMN else "")
                    for column in self._target.columns]
@@ -3776,11 +3780,19 @@ def distinct(columns: Sequence[str]) -> Iterator[str]:
         yield name.strip()
 
 
+def closing(file: int, rows: Iterator[List[str]]) -> Iterator[List[str]]:
+    """Yield rows, and close their file behind them."""
+    try:
+        yield from rows
+    finally:
+        os.close(file)
+
+
 def _plain_rows(file: int, layout: Layout, target: Layout) -> Iterator[Row]:
     """Yield the rows of tags, with every column of the target layout."""
     missing = dict.fromkeys(target.columns, "")
     is_complete = len(layout.columns) == len(missing)
-    for cells in read_rows(file, layout):
+    for cells in closing(file, read_rows(file, layout)):
         row = dict(zip(layout.columns, cells))
         for number, cell in enumerate(cells[len(layout.columns):], len(row) + 1):
             row[f"({number})"] = cell
