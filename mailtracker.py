@@ -48,6 +48,7 @@ import sys
 import time
 from array import array
 from bisect import bisect_right
+from collections import OrderedDict
 from contextlib import ExitStack
 from contextlib import contextmanager
 from functools import lru_cache
@@ -532,26 +533,29 @@ class Index:
             entry = slots[slot]
         return found
 
-    def add_rows(self, rows: Iterable[Tuple[bytes, int]]) -> List[Tuple[bytes, int]]:
+    def add_rows(self, rows: Sequence[Tuple[bytes, int]]) -> List[Tuple[bytes, int]]:
         """Add ids with their offsets; return those that may have been there before."""
-        slots, bits, count = self._slots, self._HASH, self._count
-        limit, mask, doubtful = len(slots) * 2 // 3, len(slots) - 1, []
+        self.reserve(self._count + len(rows))
+        self._count += len(rows)
+        slots, bits, mask = self._slots, self._HASH, len(self._slots) - 1
+        doubtful = []
         for tag, offset in rows:
             mark = hash(tag) & bits
             slot = mark & mask
-            entry = slots[slot]
-            while entry:
+            while entry := slots[slot]:
                 if entry & bits == mark:
                     doubtful.append((tag, entry >> 28))
                 slot = (slot + 1) & mask
-                entry = slots[slot]
             slots[slot] = offset << 28 | mark
-            count += 1
-            if count > limit:
-                slots = self._slots = self._grown(slots)
-                limit, mask = len(slots) * 2 // 3, len(slots) - 1
-        self._count = count
         return doubtful
+
+    def reserve(self, rows: int) -> None:
+        """Make room for so many ids in all, a third of the slots staying free."""
+        while rows > len(self._slots) * 2 // 3:
+            if self._count:
+                self._slots = self._grown(self._slots)
+            else:
+                self._slots = array("Q", bytes(16 * len(self._slots)))
 
     def _grown(self, slots: array[int]) -> array[int]:
         """Return the same entries in twice the slots."""
@@ -616,7 +620,7 @@ class Scan:
 
 def tag_rows(rows: List[re.Match[bytes]], offset: int) -> List[Tuple[bytes, int]]:
     """Return the ids among the rows of a block, each with its offset in the file."""
-    return [(row[1], offset + row.start()) for row in rows if row[1]]
+    return [(tag, offset + row.start()) for row in rows if (tag := row[1])]
 
 
 def paired(file: int, offset: int, block: bytes, rows: List[re.Match[bytes]]
@@ -1289,7 +1293,11 @@ class Register:
                     stop: int = sys.maxsize, heal: bool = False) -> bool:
         """Add the rows of a file to an index; False if it is not canonical there."""
         scan = Scan(file, self.layout, start, stop)
+        size = min(stop, os.fstat(file).st_size) - start
         for offset, block, rows in scan:
+            if not start and len(block) < size:  # as many more as it looks
+                index.reserve(len(rows) * size // len(block))
+                size = 0
             if heal and not self._heal(offset, block, rows):
                 return False
             if repeated(file, index.add_rows(tag_rows(rows, offset)), self.layout):
@@ -2461,9 +2469,10 @@ class Judge:
 
     def __init__(self, is_me: Callable[[str], bool] = lambda address: False) -> None:
         self._is_me = is_me
-        self._tags: Dict[bytes, List[Memory]] = {}
-        self._strays: Dict[str, List[Tuple[float, str, bytes]]] = {}
-        self._senders: Dict[int, None] = {}
+        # Ordered, for only an OrderedDict finds its oldest entry at once.
+        self._tags: OrderedDict[bytes, List[Memory]] = OrderedDict()
+        self._strays: OrderedDict[str, List[Tuple[float, str, bytes]]] = OrderedDict()
+        self._senders: OrderedDict[int, None] = OrderedDict()
 
     def judge(self, hit: Hit) -> Judgement:
         """Return the judgement of one hit, and remember it."""
@@ -2513,7 +2522,7 @@ class Judge:
                         if abs(hit.time - memory.time) <= self.MINUTE]
         self._tags[hit.id] = memories  # last, for the first is the first to go
         if len(self._tags) > self.MOST_TAGS:
-            del self._tags[next(iter(self._tags))]
+            self._tags.popitem(last=False)
         return memories
 
     def _memory(self, hit: Hit, found: Verdict, memories: List[Memory]) -> Memory:
@@ -2549,7 +2558,7 @@ class Judge:
         strays = self._strays.setdefault(network(address), [])
         strays[:] = [*strays[-3:], (when, address, segment[:80])]
         if len(self._strays) > self.MOST_TAGS:
-            del self._strays[next(iter(self._strays))]
+            self._strays.popitem(last=False)
 
     def forget_old(self, now: float) -> None:
         """Forget what is older than a minute."""
@@ -2580,7 +2589,7 @@ class Judge:
         """Remember who fetched a pixel while its mail was being written."""
         self._senders[hash((tag, address, agent))] = None
         if len(self._senders) > self.MOST_SENDERS:
-            del self._senders[next(iter(self._senders))]
+            self._senders.popitem(last=False)
 
     def _is_sender(self, hit: Hit) -> bool:
         """Tell whether the hit is by its mail's sender; a log may know the network."""
@@ -3790,26 +3799,34 @@ def closing(file: int, rows: Iterator[List[str]]) -> Iterator[List[str]]:
 
 def _plain_rows(file: int, layout: Layout, target: Layout) -> Iterator[Row]:
     """Yield the rows of tags, with every column of the target layout."""
-    missing = dict.fromkeys(target.columns, "")
-    is_complete = len(layout.columns) == len(missing)
+    columns, missing = layout.columns, dict.fromkeys(target.columns, "")
+    width, is_complete = len(columns), len(columns) == len(missing)
+    times = target.fixed()[1 + len(COUNTERS):]
     for cells in closing(file, read_rows(file, layout)):
-        row = dict(zip(layout.columns, cells))
-        for number, cell in enumerate(cells[len(layout.columns):], len(row) + 1):
-            row[f"({number})"] = cell
-        if not is_complete or len(cells) < len(missing):
+        row = dict(zip(columns, cells))
+        if len(cells) > width:
+            row.update((f"({n})", cell) for n, cell in enumerate(cells, 1) if n > width)
+        elif len(cells) < width or not is_complete:
             row = {**missing, **row}
         row["id"] = row["id"].strip()
         if not is_id(row["id"]):
             continue
-        for column, width in COUNTERS.items():
+        for column in COUNTERS:
             cell = row[column]
-            if len(cell) != width:
-                cell = counter_cell(cell, width)
-            row[column] = cell.strip() if width > 10 else cell.lstrip("0") or "0"
-        for column in target.fixed()[1 + len(COUNTERS):]:
+            row[column] = _PLAIN[cell] if cell in _PLAIN else plain_cell(column, cell)
+        for column in times:
             row[column] = row[column].strip()
         row["name"] = unescape_formula(row["name"])
         yield row
+
+
+_PLAIN = {"0" * 10: "0", NEVER: ""}  # by far the most counters are these
+
+
+def plain_cell(column: str, cell: str) -> str:
+    """Return a count without its zeros, a time that has not come as nothing."""
+    cell = counter_cell(cell, COUNTERS[column])
+    return cell.strip() if COUNTERS[column] > 10 else cell.lstrip("0") or "0"
 
 
 def sort_key(column: str) -> Callable[[Row], Any]:
