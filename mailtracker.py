@@ -770,6 +770,16 @@ def write_whole(file: int, data: bytes, offset: int) -> None:
         write_whole(file, data[written:], offset + written)
 
 
+def overwrite(file: int, old: bytes, new: bytes, offset: int) -> None:
+    """Write new bytes over old ones; leave the old ones where that is impossible.
+
+    Half a count would be a wrong one.
+    """
+    if os.pwrite(file, new, offset) < len(new):
+        os.pwrite(file, old, offset)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def copy_bytes(source: int, target: int) -> None:
     """Copy a whole file into an empty one."""
     offset = 0
@@ -931,8 +941,8 @@ class Register:
         hits = min(place.hits + 1, _LARGEST)
         opens = min(max(place.opens + opened - overruled, 0), _LARGEST)
         last_open = max(place.last_open, now) if opened else place.last_open
-        self._write(place.offset, self._delimiter.join((
-            b"%010d" % hits, max(place.last_hit, now), b"%010d" % opens, last_open)))
+        self._write(place, 0, b"%010d" % hits, max(place.last_hit, now),
+                    b"%010d" % opens, last_open)
         return hits, opens
 
     def hit(self, tag: bytes, now: bytes, opened: bool = False,
@@ -948,8 +958,7 @@ class Register:
         """Set what is judged of an id anew, the lock being held."""
         place = self.find(tag)
         if place:
-            cells = b"%010d" % opens, last_open.encode()
-            self._write(place.offset + 32, self._delimiter.join(cells))
+            self._write(place, 32, b"%010d" % opens, last_open.encode())
 
     def add_opens(self, opens: Dict[str, int]) -> None:
         """Add to the opens of ids, the lock being held."""
@@ -968,8 +977,7 @@ class Register:
         if not place or place.hits > int(counters[0]):
             return False
         last_hit = max(place.last_hit, counters[1])
-        self._write(place.offset, self._delimiter.join(
-            (counters[0], last_hit, *counters[2:])))
+        self._write(place, 0, counters[0], last_hit, *counters[2:])
         return True
 
     def name_of(self, place: Place) -> str:
@@ -982,12 +990,14 @@ class Register:
         cells = next(csv.reader(lines, delimiter=self.layout.delimiter))
         return unescape_formula(dict(zip(self.layout.columns, cells)).get("name", ""))
 
-    def _write(self, offset: int, cells: bytes) -> None:
-        """Overwrite cells of a row in both files."""
+    def _write(self, place: Place, at: int, *cells: bytes) -> None:
+        """Overwrite cells of a row in both files, from a byte of its counters on."""
+        new = self._delimiter.join(cells)
+        old = place.row[at:at + len(new)]
         if not self.trouble:
-            write_whole(self._file, cells, offset)
+            overwrite(self._file, old, new, place.offset + at)
         try:
-            write_whole(self._twin, cells, offset)
+            overwrite(self._twin, old, new, place.offset + at)
         except OSError as error:
             if self.trouble:
                 raise
