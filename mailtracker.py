@@ -425,7 +425,7 @@ def read_rows(file: int, layout: Layout) -> Iterator[List[str]]:
         records = csv.reader(Records(text, layout), delimiter=layout.delimiter)
         for _ in range(layout.headed):
             next(records, None)
-        yield from (cells for cells in records if cells)
+        yield from filter(None, records)  # no empty lines
 
 
 class Records:
@@ -4262,7 +4262,8 @@ def cmd_dump(options: argparse.Namespace) -> int:
     if options.events:
         return dump_events(path, log, wanted, options)
     columns, rows = register_rows(path)
-    rows = filter(wanted.takes, rows)
+    if wanted != Selection():
+        rows = filter(wanted.takes, rows)
     if options.id and options.format == "table":
         first = list(islice(rows, 2))
         if len(first) == 1:
@@ -4537,6 +4538,11 @@ def add_server(commands: Any) -> None:
     add("--logfile", metavar="FILE", default="",
         help="write lines here, not to stderr; SIGHUP opens it again")
     add("--quiet", action="store_true", help="no line for each hit")
+    add_judging(add)
+
+
+def add_judging(add: Callable[..., Any]) -> None:
+    """Add the server's options for its log, its verdicts and what it keeps."""
     add("--events", metavar="FILE", default="",
         help="log every hit here (default: register.events.csv beside the register)")
     add("--no-events", action="store_true", help="keep no event log")
