@@ -2797,7 +2797,7 @@ PIXEL_HEAD = _HEAD % (200, b"OK", b"image/gif", len(PIXEL), b"")
 PIXEL_ANSWER = PIXEL_HEAD + PIXEL
 
 _STATUS = {200: b"OK", 400: b"Bad Request", 405: b"Method Not Allowed",
-           408: b"Request Timeout", 431: b"Request Header Fields Too Large",
+           431: b"Request Header Fields Too Large",
            503: b"Service Unavailable"}
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"

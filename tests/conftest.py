@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+import mailtracker
+
 SCRIPT = Path(__file__).resolve().parent.parent / "mailtracker.py"
 
 
@@ -165,3 +167,16 @@ def newtags(tracker):
         assert len(tags) == (len(names) or n)
         return tags
     return make
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in process; return exit code, stdout and stderr."""
+    def run(*args):
+        capsys.readouterr()
+        try:
+            code = mailtracker.main([str(arg) for arg in args])
+        except SystemExit as ended:
+            code = ended.code
+        return (code, *capsys.readouterr())
+    return run

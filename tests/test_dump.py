@@ -42,19 +42,6 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run a command in process; return exit code, stdout and stderr."""
-    def run(*args):
-        capsys.readouterr()
-        try:
-            code = mailtracker.main([str(arg) for arg in args])
-        except SystemExit as ended:
-            code = ended.code
-        return (code, *capsys.readouterr())
-    return run
-
-
-@pytest.fixture
 def dump(run):
     """Dump in process; return what is printed."""
     def dump(*args):

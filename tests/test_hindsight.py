@@ -43,19 +43,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command in process; return exit code, stdout and stderr."""
-    def run(*args):
-        capsys.readouterr()
-        try:
-            code = mailtracker.main([str(arg) for arg in args])
-        except SystemExit as ended:
-            code = ended.code
-        return (code, *capsys.readouterr())
-    return run
-
-
 def write(text, path="register.csv"):
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(text)

@@ -41,19 +41,6 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run a command in process; return exit code, stdout and stderr."""
-    def run(*args):
-        capsys.readouterr()
-        try:
-            code = mailtracker.main([str(arg) for arg in args])
-        except SystemExit as ended:
-            code = ended.code
-        return (code, *capsys.readouterr())
-    return run
-
-
-@pytest.fixture
 def newtag(run):
     """Make tags in process, for the server t.example.org; return what is printed."""
     def make(*args):
