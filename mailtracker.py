@@ -53,11 +53,13 @@ import select
 import stat
 import sys
 import time
+from bisect import bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from itertools import chain, groupby, islice, takewhile
 from operator import itemgetter, methodcaller
+from types import SimpleNamespace
 from typing import (
     TYPE_CHECKING, Any, Callable, Collection, Deque, Dict, FrozenSet, Iterable,
     Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, TextIO,
@@ -347,7 +349,8 @@ class Table:
         held = [first]
         heads = [(_header(held, lines, d), d) for d in ",;\t|"]
         (size, cells), self.delimiter = max(
-            heads, key=lambda head: (_known(head[0][1]), len(head[0][1])))
+            heads, key=lambda head: (
+                len({*own_titles(head[0][1])} & {*OWN_COLUMNS}), len(head[0][1])))
         if first and not size:
             raise StopIteration
         self.header = "".join(held[:size])
@@ -502,11 +505,6 @@ def _is_open(raw: str, delimiter: str) -> bool:
     return False
 
 
-def _known(cells: Sequence[str]) -> int:
-    """Return how many of some titles are the program's own."""
-    return len(set(own_titles(cells)).intersection(OWN_COLUMNS))
-
-
 def own_titles(cells: Sequence[str]) -> List[str]:
     """Return titles with the program's own under their names, the others as they are.
 
@@ -537,20 +535,12 @@ def _raw_cells(delimiter: str) -> re.Pattern[str]:
     return re.compile(rf'{d}((?:\0*"[^"]*(?:""[^"]*)*")?[^{d}]*)')
 
 
-class _Lines:
-    """A list that csv.writer can write to."""
-
-    def __init__(self) -> None:
-        self.lines: List[str] = []
-        self.write = self.lines.append
-
-
 def csv_row(cells: Iterable[str], delimiter: str = ",", eol: str = "\n") -> str:
     """Return one line of CSV with its line end."""
-    out = _Lines()
+    out: Any = SimpleNamespace(write=str)  # writerow returns what write does
     # csv leaves a lone CR bare where lines end with LF (3.11).
-    csv.writer(out, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
-    return out.lines[0][:-2] + eol
+    row = csv.writer(out, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
+    return str(row)[:-2] + eol
 
 
 def cell_text(cell: str) -> str:
@@ -595,8 +585,8 @@ EVENT_HEADER = ",".join(EVENT_COLUMNS).encode() + b"\n"
 OPENS = ("human", "proxy")  # verdicts on hits that are opens
 
 SAVING = 2.0        # seconds without a change until a person's save is complete
-LOOK_EVERY = 1.0    # second, if there is anything to settle; and then so seldom
-SETTLE_SHARE = 0.03  # that it takes this share of the time, by its own CPU seconds
+LOOK_EVERY = 1.0    # seconds between two settles, or more where one costs more:
+SETTLE_SHARE = 0.03  # it may take this share of the time, by its own CPU seconds
 COPY = "copy of "   # before the id of a row that stands twice
 WATCHED = 8         # replaced versions that someone may still be writing into
 LOCK_SECONDS = 10.0  # that a command waits for another one
@@ -688,9 +678,9 @@ def parse_event(line: bytes) -> Optional[Event]:
         return None
 
 
-def is_open(event: Event) -> bool:
-    """Tell whether an event is a new open."""
-    return event.event == "hit" and event.verdict in OPENS and event.reason != "repeat"
+def is_open(verdict: str, reason: str) -> bool:
+    """Tell whether a hit that is so judged is a new open."""
+    return verdict in OPENS and reason != "repeat"
 
 
 EVENTS = {
@@ -715,7 +705,8 @@ def after(tag: Tag, event: Event) -> Tag:
         hits, opens = event.hits, event.opens
         if kind == "hit":
             last_hit = max(last_hit, event.time)
-            last_open = max(last_open, event.time) if is_open(event) else last_open
+            if is_open(event.verdict, event.reason):
+                last_open = max(last_open, event.time)
         elif kind == "count":
             last_hit, last_open = event.time if hits else "", time_in(event.detail)
     return Tag(hits, last_hit, opens, last_open, created, sent, name)
@@ -736,6 +727,7 @@ class Files:
         self.bak = path + ".bak"    # the version that was replaced last
         self.old = path + ".old"    # the register while it is being exchanged
         self.new = path + ".new"    # the register that is being written
+        self.versions = path, self.old, self.bak  # the newest first
         self.lock = path + ".lock"  # of the one server; carries the marks
         self.orig = path + ".orig"  # the first one not in this program's form
 
@@ -810,27 +802,24 @@ def server_lock(files: Files) -> Iterator[None]:
 
 
 @contextmanager
-def register_lock(files: Files, patience: float) -> Iterator[bool]:
-    """Hold the lock of the register for some work; tell whether it was to be had.
+def lock_of(patience: float, *paths: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Hold the lock of the first of some files that is there, and have it open.
 
     It is the flock of the file's inode, so after waiting the name is looked at again.
     Never lockf: closing any other descriptor drops it, and LibreOffice's save fails.
+    -1 comes where it was not to be had.
     """
     deadline = time.monotonic() + patience
     while True:
         with ExitStack() as stack:
-            is_held = False
-            paths = filter(os.path.exists, (files.register, files.old, files.bak))
+            file, is_held = -1, False
             with suppress(FileNotFoundError):  # just being exchanged
-                path = next(paths, files.register)
-                file = stack.enter_context(_opened(path))
+                path = next(filter(os.path.exists, paths), paths[0])
+                file = stack.enter_context(_opened(path, flags))
                 is_held = _has_lock(file) and stamp_of(file)[0] == stamp_of(path)[0]
-            if is_held:
-                yield True
+            if is_held or time.monotonic() >= deadline:
+                yield file if is_held else -1
                 return
-        if time.monotonic() >= deadline:
-            yield False
-            return
         time.sleep(0.02)
 
 
@@ -936,14 +925,11 @@ def append_events(files: Files, events: Iterable[Event], settled: Place = Place(
 @contextmanager
 def _log_to_append(path: str) -> Iterator[int]:
     """Open the log for a command, and no other command at it."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while time.monotonic() < deadline:
-        with _opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
-            if _has_lock(file) and stamp_of(file).inode == stamp_of(path).inode:
-                yield file
-                return
-        time.sleep(0.02)
-    raise TrackerError(f"another command holds {path}; end it, or try again")
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    with lock_of(LOCK_SECONDS, path, flags=flags) as file:
+        if file < 0:
+            raise TrackerError(f"another command holds {path}; end it, or try again")
+        yield file
 
 
 def _before_next(file: int) -> bytes:
@@ -973,10 +959,10 @@ class Journal:
 
     def _read_all(self, names: Sequence[str], place: Place) -> None:
         """Read the files of the log, from a place on if it is in one of them."""
-        first = next((n for n, name in enumerate(names) if _has(name, place)), 0)
-        start = place.offset if names and _has(names[first], place) else 0
+        known = [n for n, name in enumerate(names) if _has(name, place)]
+        start = place.offset if known else 0
         self.is_whole = not start
-        for name in names[first:]:
+        for name in names[known[0] if known else 0:]:
             self._read(name, start)
             start = 0
 
@@ -988,14 +974,11 @@ class Journal:
             if event and event.event == "forget":
                 self.forgotten.add(event.id)
             elif event and event.event in EVENTS:
-                self.tags[event.id] = after(self.tags.get(event.id, _UNHEARD), event)
+                self.tags[event.id] = after(self.tags.get(event.id) or Tag(), event)
                 if event.event == "count":
                     self.exact.add(event.id)
         with _opened(name) as file:
             self.place = place_at(file, start)
-
-
-_UNHEARD = Tag()
 
 
 def place_at(file: int, offset: int) -> Place:
@@ -1249,18 +1232,16 @@ class Merger:
     def _restored(self, tag_id: str) -> Tuple[str, List[str]]:
         """Return the record of a tag from the other version, else from the log."""
         self.changed = True
-        cells, other = dict.fromkeys(distinct(self.columns), ""), None
-        if self._other and tag_id in self._others_rows:
-            old = self._other.cells(self._others_rows[tag_id])
-            other = self._other.tag(old)
+        cells, old = dict.fromkeys(distinct(self.columns), ""), ""
+        if self._other:
+            old = self._others_rows.get(tag_id, "")
             cells.update((column, cell) for column, cell in zip(
-                distinct(self._other.columns), old) if column in cells)
-        tag = newest([self._journal.tags.get(tag_id), other],
-                     tag_id in self._journal.exact)
-        self._tell(tag_id, tag, self._journal.tags.get(tag_id))
-        cells["name"] = cells["name"] or escape_formula(tag.name)
+                distinct(self._other.columns), self._other.cells(old))
+                if column in cells)
+        log = self._journal.tags.get(tag_id)
+        cells["name"] = cells["name"] or escape_formula(log.name if log else "")
         row = list(cells.values())
-        return self._written(self.source.record(row), row, self._cells(tag_id, tag))
+        return self._merged(tag_id, self.source.record(row), row)
 
     def tags(self, names: Optional[Dict[str, str]] = None
              ) -> Iterator[Tuple[str, Tag]]:
@@ -1397,8 +1378,8 @@ class Settler:
             self._missing_since = 0.0
         elif not self._bring_back():
             return False
-        with register_lock(self.files, patience) as locked:
-            return locked and self._settle(force)
+        with lock_of(patience, *self.files.versions) as file:
+            return file >= 0 and self._settle(force)
 
     def _bring_back(self) -> bool:
         """Wait for a register that is being saved, then put .bak in its place."""
@@ -1530,8 +1511,7 @@ def write_register(path: str, like: Any, register: Register,
         with suppress(PermissionError):
             os.fchown(file, status.st_uid, status.st_gid)
         # A second ago, so that whoever saves now leaves another time.
-        moment = time.time_ns() - 10 ** 9
-        os.utime(file, ns=(moment, moment))
+        os.utime(file, ns=(time.time_ns() - 10 ** 9,) * 2)
         os.fsync(file)
         return stamp_of(file)
 
@@ -1626,8 +1606,8 @@ def add_tags(files: Files, names: Sequence[Tuple[str, str]], created: str,
     They are on the disk when this returns. Raise TrackerError or OSError.
     """
     _ensure_register(files)
-    with register_lock(files, LOCK_SECONDS) as locked:
-        if not locked:
+    with lock_of(LOCK_SECONDS, *files.versions) as locked:
+        if locked < 0:
             raise TrackerError(f"another command holds {files.register}; "
                                "end it, or try again")
         marks = read_marks(files)
@@ -1683,30 +1663,29 @@ def _making(names: Iterable[Tuple[str, str]], created: str, sent: str
             yield Event(sent, "sent", tag_id, 0, 0)
 
 
-def forget_tags(files: Files, ids: Collection[str]) -> int:
+def forget_tags(files: Files, ids: Collection[str]) -> None:
     """Take tags out of the register, its older versions and the log.
 
     A line with the hash of each id stays, so that no stale save brings it back.
-    Return how many lines of the log are gone. Raise TrackerError or OSError.
+    Raise TrackerError or OSError.
     """
     gone = frozenset(ids)
     now = utc_text(time.time())
     append_events(files, (Event(now, "forget", hash_of(tag_id)) for tag_id in gone))
-    lines = erase(files.log, gone.__contains__)
+    erase(files.log, gone.__contains__)
     settler, deadline = Settler(files), time.monotonic() + LOCK_SECONDS
     while _holds(files, gone) and time.monotonic() < deadline:
         settler.settle(force=True, patience=1.0)
-    lines += erase(files.log, gone.__contains__)
+    erase(files.log, gone.__contains__)
     if _holds(files, gone):
         raise TrackerError(f"{files.register} is in use: its rows go with the next "
                            "settle; close it elsewhere")
     if os.path.exists(files.orig):
-        _remove(files.new)
-        old = Register(files.orig, files.orig)
-        write_register(files.new, files.orig, old, chain([old.lead + old.header], (
+        new, old = files.orig + ".new", Register(files.orig, files.orig)
+        _remove(new)
+        write_register(new, files.orig, old, chain([old.lead + old.header], (
             raw for raw, cells in old if old.cell(cells, "id").strip() not in gone)))
-        os.replace(files.new, files.orig)
-    return lines
+        os.replace(new, files.orig)
 
 
 def _holds(files: Files, gone: FrozenSet[str]) -> bool:
@@ -1715,13 +1694,12 @@ def _holds(files: Files, gone: FrozenSet[str]) -> bool:
     return any(not gone.isdisjoint(version.by_id()) for version in versions if version)
 
 
-def erase(path: str, is_gone: Callable[[str], bool], start: int = 0) -> int:
+def erase(path: str, is_gone: Callable[[str], bool], start: int = 0) -> None:
     """Overwrite the lines of some tags in a log with empty ones of the same length.
 
     So nobody who follows it loses the place. From start on only path itself is looked
-    at, else all files of the log. Return how many lines that were.
+    at, else all files of the log.
     """
-    lines = 0
     for name in [path] if start else log_files(path):
         with _opened(name, os.O_RDWR) as file:
             times = os.fstat(file)
@@ -1729,10 +1707,8 @@ def erase(path: str, is_gone: Callable[[str], bool], start: int = 0) -> int:
                 cells = line.split(b",", 3)
                 if len(cells) > 3 and is_gone(cells[2].decode("utf-8", "replace")):
                     os.pwrite(file, b"%b%*b\n" % (b"," * 8, len(line) - 9, b""), offset)
-                    lines += 1
             if name != path:  # whose age puts it in order
                 os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return lines
 
 
 # -- the server's view ----------------------------------------------------------
@@ -1748,7 +1724,7 @@ class Follower:
     def __init__(self, path: str, place: Place = Place()) -> None:
         self.path = path
         self._place = place
-        self._file, self._inode = -1, 0
+        self._file = -1
         self.end = 0  # what stands before is known
 
     def look(self) -> None:
@@ -1757,7 +1733,7 @@ class Follower:
         Raise OSError.
         """
         status = stamp_of(self.path)
-        if self._file >= 0 and status.inode == self._inode:
+        if self._file >= 0 and status.inode == stamp_of(self._file).inode:
             if status.size < self.end:
                 self._restart()
         elif not self._unheard() and (status.inode or self.FLAGS & os.O_CREAT):
@@ -1772,7 +1748,7 @@ class Follower:
             file = os.dup(number)
         if self._file >= 0:
             os.close(self._file)
-        self._file, self._inode = file, os.fstat(file).st_ino
+        self._file = file
         is_known = place_at(file, self._place.offset) == self._place
         self.end = self._place.offset if is_known else 0
 
@@ -1823,7 +1799,8 @@ class LogWriter(Follower):
         found = os.pread(self._file, len(EVENT_HEADER), 0)
         if not found:
             self.write([EVENT_HEADER])
-        elif found != EVENT_HEADER and _has_lock(self._file):
+        elif found != EVENT_HEADER and os.fstat(self._file).st_size < 1 << 20 \
+                and _has_lock(self._file):
             with open(self.path, "rb") as file, open(self.path + ".new", "wb") as new:
                 os.fchmod(new.fileno(), 0o600)
                 new.write(EVENT_HEADER + file.read())
@@ -1888,7 +1865,7 @@ class Store:
         self.tags: Dict[str, Tag] = {}
         self.names: Optional[Dict[str, str]] = {} if names else None
         self._notify, self._sync_each_write = notify, sync_each_write
-        self._log = LogWriter(files.log)
+        self._log: LogWriter  # once it is open
         self._lines: List[bytes] = []
         self._owed: Dict[str, None] = {}  # tags whose last line found no room
         self._forgotten: Set[str] = set()
@@ -1938,19 +1915,14 @@ class Store:
 
     def find(self, tag_id: str) -> Optional[Tag]:
         """Return what is known of a tag, also of one that was made just now."""
-        tag = self.tags.get(tag_id)
-        if tag and not self._forgotten:
-            return tag
-        if tag:
-            if hash_of(tag_id) not in self._forgotten:
-                return tag
-            del self.tags[tag_id]
-            return None
-        self._hear()
         if tag_id not in self.tags:
-            event = self._log.find(b",made," + tag_id.encode())
-            if event:
-                self._take(event)
+            self._hear()
+            if tag_id not in self.tags:
+                event = self._log.find(b",made," + tag_id.encode())
+                if event:
+                    self._take(event)
+        elif self._forgotten and hash_of(tag_id) in self._forgotten:
+            del self.tags[tag_id]
         return self.tags.get(tag_id)
 
     def add(self, event: Event) -> None:
@@ -2025,7 +1997,7 @@ class Store:
         self.flush()
 
     def _hear(self) -> bool:
-        """Take some of what others have appended to the log; False: there is nothing."""
+        """Take some of what others have appended; tell whether there was anything."""
         before = self._log.end
         gone: Dict[str, int] = {}
         for offset, event in self._log.news():
@@ -2063,10 +2035,6 @@ class Store:
                  self.files.shown(self._worker.trouble)]
         return "; ".join(filter(None, wrong))
 
-    def files_to_read(self) -> Optional[int]:
-        """Return what becomes readable when the worker says something."""
-        return self._worker.output
-
     def sync(self) -> None:
         """Bring the log to the disk; for a thread of its own. Raise OSError."""
         self._log.sync()
@@ -2084,52 +2052,42 @@ class Worker:
 
     def __init__(self, files: Files, rotate: int) -> None:
         self.trouble = ""
-        self.output: Optional[int] = None
-        self._files = files
+        self._files, self._started = files, 0.0
         self._command = [sys.executable, "-IS", os.path.abspath(__file__), "settle",
                          "--worker", "--register", files.register, "--events",
                          files.log, *(["--rotate-events", str(rotate)] * bool(rotate))]
-        self._process: Optional[subprocess.Popen[bytes]] = None
-        self._started = 0.0
+        self._process: Any = None
 
     def start(self) -> None:
         """Start it; raise OSError."""
-        import subprocess
+        from subprocess import DEVNULL, PIPE, Popen
 
         self._started = time.monotonic()
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)
-        assert self._process.stdout
-        self.output = self._process.stdout.fileno()
-        os.set_blocking(self.output, False)
+        self._process = Popen(self._command, bufsize=0, stdin=PIPE, stdout=PIPE,
+                              stderr=DEVNULL)
+        os.set_blocking(self._process.stdout.fileno(), False)
 
     def news(self) -> List[str]:
         """Return what it has said; start another one where it has died."""
-        if not self._process or self.output is None:
-            return []
-        try:
-            said = os.read(self.output, 1 << 16)
-        except BlockingIOError:
-            return []
+        said = self._process and self._process.stdout.read(1 << 16)
         if said:
             lines = said.decode("utf-8", "replace").splitlines()
             self.trouble = lines[-1]
             return list(filter(None, lines))
-        if time.monotonic() - self._started >= self.RESTART:
+        if said == b"" and time.monotonic() - self._started >= self.RESTART:
             self.stop()
             self.start()
         return []
 
     def stop(self) -> None:
         """Let it settle a last time, and wait for that."""
-        import subprocess
+        from subprocess import TimeoutExpired
 
         process = self._process
-        if process and process.stdin and process.stdout:
+        if process:
             has_died = process.poll() is not None
             process.stdin.close()
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutExpired):
                 process.wait(60)
             process.stdout.close()
             if has_died:
@@ -2504,6 +2462,7 @@ NETWORKS = (
 
 VENDORS = ("proofpoint", "mimecast", "barracuda", "cisco", "trend-micro")
 ANY_AGENT: Tuple[str, ...] = ()
+ANYWHERE: Tuple[str, ...] = ()
 BROWSERS = ("browser", "handset", "full-build", "foreign")
 
 
@@ -2542,21 +2501,13 @@ NETWORK_RULES = (
 )
 
 
-class TimeRule(NamedTuple):
-    """One line of TIME_RULES: an agent that comes sooner than it can be a person."""
-
-    within: float                   # seconds since sending
-    agents: Tuple[str, ...]         # reasons found so far, or ANY_AGENT
-    reason: str
-    sure: str
-    source: str
-
-
 # Of 836 scans 61 % came within 10 s and 84 % within 20 s; the soonest genuine
 # open that is documented came after 66 s. No scanner claims to be a mail program.
 TIME_RULES = (
-    TimeRule(10.0, ANY_AGENT, "fast", "A", "craft-campaign#546"),
-    TimeRule(30.0, (*BROWSERS, "private-relay"), "early", "B", "craft-campaign#546"),
+    NetworkRule(ANYWHERE, ANY_AGENT, 0, 10, MACHINE, "fast", "A",
+                "craft-campaign#546"),
+    NetworkRule(ANYWHERE, (*BROWSERS, "private-relay"), 0, 30, MACHINE, "early", "B",
+                "craft-campaign#546"),
 )
 
 MANY_NETWORKS = Verdict(MACHINE, "many-networks")
@@ -2584,7 +2535,7 @@ def _steps() -> List[_Step]:
     steps = []
     for kind, rules in groupby(AGENT_RULES, lambda rule: rule.kind):
         if kind in (PARTS, WORDS):
-            steps.append(_merged(kind, rules))
+            steps.append(_joined(kind, rules))
         else:
             steps += [_Step(kind, re.compile(rule.pattern).search,
                             {None: Verdict(rule.verdict, rule.reason)})
@@ -2592,7 +2543,7 @@ def _steps() -> List[_Step]:
     return steps
 
 
-def _merged(kind: str, rules: Iterable[AgentRule]) -> _Step:
+def _joined(kind: str, rules: Iterable[AgentRule]) -> _Step:
     """Compile many patterns to one in which equal beginnings stand once.
 
     An empty group at its end says which was found. re tries alternatives one by one,
@@ -2627,21 +2578,17 @@ def _texts(agent: str) -> Dict[str, str]:
 
 
 @lru_cache(maxsize=CACHE_SIZE)
-def _read_cut(agent: str) -> Verdict:
+def read_agent(agent: str) -> Verdict:
+    """Judge a User-Agent by AGENT_RULES alone, by its first MAX_FORM characters.
+
+    The caller cuts it to MAX_AGENT, so that hostile agents cost 4 MB at most.
+    """
     texts = _texts(agent)
     for kind, search, verdicts in _steps():
         match = search(texts[kind])
         if match:
             return verdicts[match.lastgroup]
     return Verdict(UNKNOWN, "unrecognised")
-
-
-def read_agent(agent: str) -> Verdict:
-    """Judge a User-Agent by AGENT_RULES alone, by its first MAX_FORM characters.
-
-    Cut before it is remembered, so that hostile agents cost 4 MB at most.
-    """
-    return _read_cut(agent[:MAX_AGENT])
 
 
 def _number(address: str) -> Optional[int]:
@@ -2659,35 +2606,15 @@ def _number(address: str) -> Optional[int]:
     return number + V6 if family == socket.AF_INET6 else number
 
 
-def is_address(text: str) -> bool:
-    """Tell whether text is an IPv4 or IPv6 address."""
-    return _number(text) is not None
-
-
 @lru_cache(maxsize=1)
-def _ranges() -> Dict[str, List[Tuple[int, int, str]]]:
-    """Return first address, last address and name of all prefixes, by _area."""
+def _ranges() -> List[Tuple[int, int, str]]:
+    """Return first address, last address and owner of all prefixes, in order."""
     from ipaddress import ip_network
 
-    ranges: Dict[str, List[Tuple[int, int, str]]] = {}
-    for line in NETWORKS:
-        for prefix in line.prefixes.split():
-            net = ip_network(prefix)
-            row = _number(str(net[0])) or 0, _number(str(net[-1])) or 0, line.name
-            for part in net.subnets(new_prefix=max(16, net.prefixlen)):
-                ranges.setdefault(_area(str(part[0])), []).append(row)
-    return ranges
-
-
-def _area(address: str) -> str:
-    """Return the beginning of an address: its /16, as text, so that most take no time.
-
-    An IPv6 address that maps an IPv4 one has the area of that.
-    """
-    if ":" in address and "." not in address:
-        return address.partition(":")[0].lower()
-    start = address.rfind(":") + 1
-    return address[start:address.find(".", address.find(".") + 1)]
+    nets = [(ip_network(prefix), line.name)
+            for line in NETWORKS for prefix in line.prefixes.split()]
+    return sorted((_number(str(net[0])) or 0, _number(str(net[-1])) or 0, name)
+                  for net, name in nets)
 
 
 @lru_cache(maxsize=CACHE_SIZE)
@@ -2696,13 +2623,11 @@ def owner(address: str) -> str:
 
     A truncated address (203.0.113.0) can miss the few prefixes longer than /24.
     """
-    near = _ranges().get(_area(address))
-    number = _number(address) if near else None
-    if near and number is not None:
-        for first, last, name in near:
-            if first <= number <= last:
-                return name
-    return ""
+    number = _number(address)
+    if number is None:
+        return ""
+    first, last, name = _ranges()[bisect_right(_ranges(), (number, 2 * V6)) - 1]
+    return name if first <= number <= last else ""
 
 
 def _prefix(address: str, v4_bits: int, v6_bits: int) -> str:
@@ -2746,29 +2671,20 @@ def related(a: str, b: str) -> bool:
     return near != "" and near == _neighbourhood(b)
 
 
-def _by_network(found: Verdict, name: str, age: float) -> Verdict:
-    """Let NETWORK_RULES correct what the agent alone was read as.
+def _corrected(found: Verdict, name: str, age: float) -> Verdict:
+    """Let NETWORK_RULES correct what the agent was read as, then TIME_RULES.
 
-    An image proxy stays one: Gmail's shares its addresses with Google's robots.
+    An image proxy stays one: Gmail's shares its addresses with Google's robots, and
+    in 9.8 billion opens it fetched on display (bird.com), against three reports of
+    fetches on delivery (gophish#1390).
     """
-    if found.verdict != PROXY:
-        for rule in NETWORK_RULES:
-            if (name in rule.networks and rule.after <= age <= rule.within
-                    and (not rule.agents or found.reason in rule.agents)):
-                return Verdict(rule.verdict, rule.reason)
-    return found
-
-
-def _by_time(found: Verdict, age: float) -> Verdict:
-    """Let TIME_RULES turn what came too soon into machine.
-
-    An image proxy is left alone: in 9.8 billion opens it fetched on display
-    (bird.com), against three reports of fetches on delivery (gophish#1390).
-    """
-    if found.verdict not in (PROXY, MACHINE):
-        for rule in TIME_RULES:
-            if age <= rule.within and (not rule.agents or found.reason in rule.agents):
-                return Verdict(MACHINE, rule.reason)
+    for rules in (NETWORK_RULES, TIME_RULES):
+        if found.verdict == PROXY or rules is TIME_RULES and found.verdict == MACHINE:
+            break
+        found = next((Verdict(rule.verdict, rule.reason) for rule in rules
+                      if (not rule.networks or name in rule.networks)
+                      and rule.after <= age <= rule.within
+                      and (not rule.agents or found.reason in rule.agents)), found)
     return found
 
 
@@ -2841,13 +2757,10 @@ def judge(request: Request, age: Optional[float] = None,
     for event in earlier:
         if event.event == "stray" and related(event.address, request.address):
             return Verdict(MACHINE, "probe")
-    found, name = _read_cut(request.agent[:MAX_AGENT]), owner(request.address)
-    if age is None or age < 0:
-        age = UNTIMED
-    if name:
-        found = _by_network(found, name, age)
-    if age < UNTIMED:
-        found = _by_time(found, age)
+    found, name = read_agent(request.agent), owner(request.address)
+    age = UNTIMED if age is None or age < 0 else age
+    if name or age < UNTIMED:
+        found = _corrected(found, name, age)
     return _by_company(request, found, earlier) if earlier else found
 
 
@@ -3094,12 +3007,12 @@ class _Review:
                     self._newer, self._older = {}, self._newer
                 self._minutes = minute, self._minutes[0]
                 yield from self._released(seconds(cells[0]))
-            self._take(line, *cells)
+            self._take(line, cells)
         yield from self._released(float("inf"))
 
-    def _take(self, line: bytes, when: str, _: str, tag_id: str, hits: str, opens: str,
-              verdict: str, reason: str, address: str, agent: str) -> None:
+    def _take(self, line: bytes, cells: Sequence[str]) -> None:
         """Look at a hit, and weigh it if need be."""
+        when, _, tag_id, _, _, verdict, reason, address, agent = cells
         said = verdict, reason
         if self._said:
             said = self._said.get(hash((tag_id, when, address, agent)), said)
@@ -3110,7 +3023,7 @@ class _Review:
                 self._weigh(each, self._judge)
         elif not address or said != self._alone(when, tag_id, address, agent):
             self._weigh(line, Judge())
-        elif _counts(said):
+        elif is_open(*said):
             self._last_opens[tag_id] = when
 
     def _alone(self, when: str, tag_id: str, address: str, agent: str) -> Verdict:
@@ -3139,7 +3052,7 @@ class _Review:
         self._newer[key] = b""
         if found != said:
             self._held.setdefault(key, (when, event, found))
-        if _counts(found):
+        if is_open(*found):
             self._last_opens[event.id] = event.time
 
     def _released(self, now: float) -> Iterator[Event]:
@@ -3151,9 +3064,9 @@ class _Review:
             tag, said = self._tags[event.id], self._said.get(key, event[5:7])
             if found != said and not (said == MANY_NETWORKS
                                       and event.id in self._hidden):
-                opens = self._opens.get(event.id, tag.opens) + _counts(found)
-                self._opens[event.id] = opens = max(0, opens - _counts(said))
-                if event.time == tag.last_open and not _counts(found):
+                opens = self._opens.get(event.id, tag.opens) + is_open(*found)
+                self._opens[event.id] = opens = max(0, opens - is_open(*said))
+                if event.time == tag.last_open and not is_open(*found):
                     self._ended.add(event.id)
                 yield event._replace(event="verdict", hits=tag.hits, opens=opens,
                                      verdict=found[0], reason=found[1])
@@ -3183,21 +3096,9 @@ class _Review:
                 or reason in BY_TIME and not tag.sent)
 
 
-def _verdicts_in(lines: Iterable[bytes]) -> Dict[int, Tuple[str, str]]:
-    """Return the last verdict on each hit that was judged anew, by its key."""
-    known: Dict[Tuple[str, str], Tuple[str, str]] = {}
-    return {_key(event): known.setdefault(event[5:7], event[5:7])
-            for event in map(parse_event, lines) if event and event.event == "verdict"}
-
-
 def _key(event: Event) -> int:
     """Return what tells the hits of a log apart, and finds that of a verdict."""
     return hash((event.id, event.time, event.address, event.detail))
-
-
-def _counts(found: Tuple[str, str]) -> bool:
-    """Tell whether a hit that is so judged is a new open."""
-    return found[0] in OPENS and found[1] != "repeat"
 
 
 # ---------------------------------------------------------------------------
@@ -3281,7 +3182,7 @@ def client_address(peer: str, forwarded: str, is_trusted: Callable[[str], bool])
     client = peer
     for hop in reversed(forwarded.split(",")):
         hop = plain_address(hop.strip())
-        if not is_trusted(client) or "%" in hop or not is_address(hop):
+        if not is_trusted(client) or "%" in hop or _number(hop) is None:
             break
         client = hop
     return client
@@ -3613,7 +3514,7 @@ class Tracker:
             not tag.sent and earliest < tag.created <= latest)
         event = Event(now_text, "hit", tag_id, tag.hits + 1, tag.opens,
                       *verdict, client.address, client.agent)
-        if is_open(event):
+        if is_open(*verdict):
             event = event._replace(opens=tag.opens + 1)
             self._opened.append(event)
         self._store.add(event)
@@ -4057,7 +3958,7 @@ def wanted_events(events: Iterable[Event], names: Mapping[str, str],
     """Return the events that are wanted; names are those of the tags by now."""
     return (event for event in events if wants(
         options, event.id, names.get(event.id, ""), event.event == "hit",
-        is_open(event), event.time))
+        event.event == "hit" and is_open(event.verdict, event.reason), event.time))
 
 
 def moment(text: str) -> str:

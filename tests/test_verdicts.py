@@ -334,7 +334,7 @@ def plain_loop():
 
 
 def test_the_worst_agent_for_every_pattern_takes_no_longer_than_a_few_plain_loops():
-    judge_afresh = mailtracker._read_cut.__wrapped__
+    judge_afresh = mailtracker.read_agent.__wrapped__
     agents = [(start + piece * 500)[:mailtracker.MAX_AGENT]
               for start in STARTS for piece in fragments()]
     slow = sorted(agents, key=lambda agent: -seconds(judge_afresh, agent))[:40]
