@@ -904,7 +904,11 @@ def append_events(files: Files, events: Iterable[Event], settled: Place = Place(
     settled was the log's end before. Raise OSError when it is impossible; some of
     them may then be in the log.
     """
-    lines = map(Event.line, events)
+    return append_lines(files, map(Event.line, events), settled)
+
+
+def append_lines(files: Files, lines: Iterator[bytes], settled: Place) -> Place:
+    """Append whole lines, as append_events does."""
     block = b"".join(islice(lines, 5000))
     if not block:
         return settled
@@ -1341,9 +1345,11 @@ def _tag_rows(merger: Merger) -> Iterator[List[str]]:
     """Yield the cells of tags, and tell people what is left out."""
     id_at, name_at, width = merger.at["id"], merger.at["name"], len(merger.columns)
     left_out = line = 0
+    has_id = _WHOLE_ID.fullmatch  # a million times, so not by is_id
     for cells in merger.rows():
-        cells += [""] * (width - len(cells))
-        if is_id(cells[id_at]):
+        if len(cells) < width:
+            cells += [""] * (width - len(cells))
+        if has_id(cells[id_at]):
             name = cells[name_at]
             if name[:1] == "'" or not name.isascii():
                 cells[name_at] = unescape_formula(cell_text(name))
@@ -1616,7 +1622,7 @@ def add_tags(files: Files, names: Sequence[Tuple[str, str]], created: str,
             size, settled = os.fstat(file).st_size, stamp_of(file) == marks.register
             try:
                 _append_rows(file, register, names, created, sent)
-                place = append_events(files, _making(names, created, sent), marks.log)
+                place = append_lines(files, _making(names, created, sent), marks.log)
             except (OSError, TrackerError):
                 os.ftruncate(file, size)
                 erase(files.log, dict(names).__contains__)
@@ -1655,12 +1661,14 @@ def _append_rows(file: int, register: Register, names: Sequence[Tuple[str, str]]
 
 
 def _making(names: Iterable[Tuple[str, str]], created: str, sent: str
-            ) -> Iterator[Event]:
-    """Yield the events with which tags begin."""
+            ) -> Iterator[bytes]:
+    """Yield the lines with which tags begin in the log."""
+    line = Event(created, "made", "{0}", 0, 0, detail="{1}").line().decode()
+    if sent:
+        line += Event(sent, "sent", "{0}", 0, 0).line().decode()
     for tag_id, name in names:
-        yield Event(created, "made", tag_id, 0, 0, detail=name)
-        if sent:
-            yield Event(sent, "sent", tag_id, 0, 0)
+        detail = name if _PLAIN.fullmatch(name) else _detail_cell(name)
+        yield line.format(tag_id, detail).encode()
 
 
 def forget_tags(files: Files, ids: Collection[str]) -> None:
@@ -3156,7 +3164,7 @@ LINGER_SECONDS = 1.0  # for reading what a client still sends behind our answer
 LINGER_BYTES = 65536
 DRAIN_SECONDS = 5.0  # for what is under way when the server is stopped
 BACKLOG = 4096       # the stock 5 loses clients in a stall of 0.3 s
-BURST = 8            # requests per write to the log; with more, clients idle meanwhile
+BURST = 4            # requests per write to the log; with more, clients idle meanwhile
 MAX_CONNECTIONS = 4096  # that wait
 TICK_SECONDS = 1.0
 

@@ -11,6 +11,7 @@ import csv
 import http.client
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -33,40 +34,34 @@ SCRIPT = Path(__file__).resolve().parent.parent / "mailtracker.py"
 def eventually(check, seconds=10.0, pause=0.02):
     """Return the first true value of check(); fail after so many seconds."""
     deadline = time.monotonic() + seconds
-    while True:
-        value = check()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: last was {value!r}")
+    while not (value := check()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {value!r}"
         time.sleep(pause)
+    return value
+
+
+def read_table(path):
+    """Return the delimiter of a CSV file, and its rows as dicts."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = [*file]
+    delimiter = max(",;\t|", key=lines[0].count)
+    return delimiter, [*csv.DictReader(lines, delimiter=delimiter, strict=True)]
 
 
 def register_rows(path):
-    """Return the rows of a register in the program's own form, as dicts by id."""
-    csv.field_size_limit(1 << 24)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        first = file.readline()
-        delimiter = max(",;\t|", key=first.count)
-        file.seek(0)
-        rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
-    return {row["id"]: row for row in rows}
+    """Return the rows of a register, as dicts by id."""
+    return {row["id"]: row for row in read_table(path)[1]}
 
 
 def log_rows(register):
     """Return the events in the newest file of a register's log, as dicts."""
-    path = register.with_name(f"{register.stem}.events{register.suffix}")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, strict=True))
+    rows = read_table(register.with_name(f"{register.stem}.events.csv"))[1]
     assert all(None not in row and None not in row.values() for row in rows)
     return rows
 
 
 def hits_of(register, tag):
-    """Return how many hits of a tag the log of a register tells of.
-
-    A line that a bad disk cut off may stand there twice, but not with another count.
-    """
+    """Return how many hits of a tag the log of a register tells of."""
     log = mailtracker.Files(str(register)).log
     return len({event.hits for event in mailtracker.read_log(log)
                 if event.event == "hit" and event.id == tag})
@@ -94,6 +89,12 @@ def clean_environment(**more):
     return {**kept, **more}
 
 
+def launch(use, *args, prefix=(), env=None, **options):
+    """Give a command line of mailtracker.py to subprocess.run or Popen."""
+    return use([*prefix, sys.executable, str(SCRIPT), *map(str, args)],
+               env=clean_environment(**env or {}), **options)
+
+
 # -- raw requests -------------------------------------------------------------
 
 
@@ -108,10 +109,8 @@ def read_all(client):
     client.settimeout(15)
     received = b""
     with contextlib.suppress(ConnectionError):
-        data = client.recv(65536)
-        while data:
+        for data in iter(lambda: client.recv(65536), b""):
             received += data
-            data = client.recv(65536)
     return received
 
 
@@ -128,12 +127,6 @@ def exchange(server, *pieces):
         return read_all(client)
 
 
-def reset(client):
-    """Close a connection so that the other side gets a RST."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-
-
 def occupy(server, sockets, count, data=b"G"):
     """Open connections that have sent the start of a head, and no more."""
     for _ in range(count):
@@ -144,14 +137,13 @@ def occupy(server, sockets, count, data=b"G"):
 
 def break_off(server, starts):
     """Open connections that send something and are reset, also before an accept."""
-    for stop in False, True:
-        if stop:
-            os.kill(server.process.pid, signal.SIGSTOP)
+    for number in signal.SIGCONT, signal.SIGSTOP:
+        os.kill(server.process.pid, number)
         for data in starts:
-            client = server.connect()
-            with contextlib.suppress(ConnectionError):
+            with server.connect() as client, contextlib.suppress(ConnectionError):
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                  struct.pack("ii", 1, 0))  # a close sends a RST
                 client.sendall(data)
-            reset(client)
     os.kill(server.process.pid, signal.SIGCONT)
 
 
@@ -163,18 +155,15 @@ def in_pieces(data):
 
 def assert_nothing_raw(text):
     """Fail if a character could move a cursor, break a line or turn text around."""
-    raw = [c for c in text if c != "\n" and unicodedata.category(c) in
-           ("Cc", "Cf", "Cs", "Zl", "Zp")]
-    assert raw == []
+    assert not [c for c in text if c != "\n" and unicodedata.category(c) in
+                ("Cc", "Cf", "Cs", "Zl", "Zp")]
 
 
 def status_of(answer):
     """Return the status of an answer as a number; 0 for no answer."""
-    if not answer:
-        return 0
-    found = re.match(rb"HTTP/1\.1 (\d{3}) [A-Z][A-Za-z ]+\r\n", answer)
+    found = re.match(rb"HTTP/1\.1 (\d{3}) [A-Z][A-Za-z ]+\r\n|\Z", answer)
     assert found, f"no status line: {answer[:100]!r}"
-    return int(found[1])
+    return int(found[1] or 0)
 
 
 class Server:
@@ -198,18 +187,15 @@ class Server:
 
     def request(self, method, path, headers=(), timeout=10):
         """Return status, headers and body of the answer to a request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port,
-                                                timeout=timeout)
-        try:
+        with contextlib.closing(http.client.HTTPConnection(
+                "127.0.0.1", self.port, timeout=timeout)) as connection:
             connection.request(method, path, headers=dict(headers))
             with connection.getresponse() as answer:
                 return answer.status, answer.headers, answer.read()
-        finally:
-            connection.close()
 
-    def get(self, path, headers=(), timeout=10):
+    def get(self, *request, **options):
         """Return status, headers and body of the answer to a GET."""
-        return self.request("GET", path, headers, timeout)
+        return self.request("GET", *request, **options)
 
     def hit(self, tag, times=1):
         """Fetch the pixel of a tag so many times."""
@@ -245,8 +231,6 @@ class Server:
 
     def limit(self, resource_name, most):
         """Set a soft limit of the running process; None: as much as is allowed."""
-        import resource
-
         which = getattr(resource, resource_name)
         _, hard = resource.prlimit(self.process.pid, which)
         soft = hard if most is None else most
@@ -260,15 +244,25 @@ def files(tmp_path):
 
 
 @pytest.fixture
+def small_disk(tmp_path):
+    """Return a folder on a disk of 256 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("only root can mount a small tmpfs, and not everywhere")
+    yield folder
+    # Lazily: the servers are stopped after this.
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
 def many_sockets():
     """Let this process open 2,000 sockets, and return a list that is closed."""
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(soft, 2500)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    if 0 < hard < 2500:  # -1 is infinity
         pytest.skip(f"only {hard} open files are allowed here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2500), hard))
     opened = []
     yield opened
     for client in opened:
@@ -279,15 +273,10 @@ def many_sockets():
 @pytest.fixture
 def tracker(tmp_path):
     """Run mailtracker.py with arguments; return the CompletedProcess, as text."""
-    def run(*args, prefix=(), timeout=120, env=None, **options):
-        options = {"cwd": tmp_path, "stdin": subprocess.DEVNULL,
-                   "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        if "input" in options:
-            del options["stdin"]
-        command = [*prefix, sys.executable, str(SCRIPT), *map(str, args)]
-        return subprocess.run(command, encoding="utf-8", errors="surrogateescape",
-                              timeout=timeout, check=False,
-                              env=clean_environment(**env or {}), **options)
+    def run(*args, input="", timeout=120, **options):
+        return launch(subprocess.run, *args, cwd=tmp_path, input=input, timeout=timeout,
+                      capture_output=True, encoding="utf-8", errors="surrogateescape",
+                      **options)
     return run
 
 
@@ -296,30 +285,24 @@ def servers(folder, logs):
     """Start servers on 127.0.0.1, each ready when it is returned; end them."""
     started = []
 
-    def start(*args, port=0, host="127.0.0.1", prefix=(), env=None, wait=True,
-              **options):
+    def start(*args, host="127.0.0.1", wait=True, **options):
+        where = [] if host is None else ["--host", host, "--port", 0]
         log_path = logs / f"server-{len(started)}.log"
-        where = ["--host", host, "--port", str(port)] if host is not None else []
-        command = [*prefix, sys.executable, str(SCRIPT), "server", *where,
-                   *map(str, args)]
         with open(log_path, "wb") as log:
             options = {"cwd": folder, "stdin": subprocess.DEVNULL,
                        "stdout": subprocess.DEVNULL, "stderr": log, **options}
-            process = subprocess.Popen(command, env=clean_environment(**env or {}),
-                                       **options)
-        server = Server(process, log_path)
-        started.append(server)
+            process = launch(subprocess.Popen, "server", *where, *args, **options)
+        started.append(Server(process, log_path))
         if wait:
-            eventually(server.find_port, 20)
-        return server
+            eventually(started[-1].find_port, 20)
+        return started[-1]
 
     try:
         yield start
     finally:
         for server in started:
-            server.kill()
-            if server.process.stderr:
-                server.process.stderr.close()
+            with server.process:
+                server.kill()
 
 
 @pytest.fixture
@@ -332,12 +315,10 @@ def serve(tmp_path, tmp_path_factory):
 @pytest.fixture
 def newtags(tracker):
     """Make n tags, or one for each of names, by the real command; return their ids."""
-    def make(register, n=1, name="", names=(), **options):
+    def make(register, n=1, name="", names=()):
         how = ["--names-from", "-"] if names else ["--count", n, "--name", name]
-        if names:
-            options["input"] = "".join(f"{each}\n" for each in ["name", *names])
         done = tracker("newtag", "--register", register, *how, "--server", "127.0.0.1",
-                       "--format", "url", **options)
+                       "--format", "url", input="\n".join(["name", *names, ""]))
         assert done.returncode == 0, done.stderr
         tags = re.findall(r"/([^/]+)\.gif$", done.stdout, re.M)
         assert len(tags) == (len(names) or n)

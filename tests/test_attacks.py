@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import select
-import shutil
 import signal
 import subprocess
 import time
@@ -393,20 +392,6 @@ def health(server):
     status, _, text = server.get("/health")
     assert b"/" not in text
     return status, text.decode()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Return a folder on a disk of 256 KB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(
-            command, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("only root can mount a small tmpfs, and not everywhere")
-    yield folder
-    # Lazily: the servers are stopped after this.
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_told_and_takes_no_hit(serve, newtags, small_disk):
