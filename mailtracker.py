@@ -732,8 +732,11 @@ class Files:
         self.orig = path + ".orig"  # the first one not in this program's form
 
     def shown(self, text: str) -> str:
-        """Return text without the folder of these files: strangers may read it."""
-        return text.replace(os.path.dirname(self.register).rstrip("/") + "/", "")
+        """Return text without the folders of these files: strangers may read it."""
+        for path in (self.register, self.log):
+            folder = os.path.dirname(path)
+            text = text.replace(folder.rstrip("/") + "/", "").replace(folder, "folder")
+        return text
 
 
 class Stamp(NamedTuple):
@@ -778,7 +781,7 @@ def read_marks(files: Files) -> Marks:
         with open(files.lock, "rb") as file:
             file.seek(_MARKS_AT)
             numbers = [int(word) for word in file.readline().split()]
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, PermissionError, ValueError):
         numbers = []
     return Marks(Stamp(*numbers[:3]), Stamp(*numbers[3:6]), Place(*numbers[6:9]))
 
@@ -1023,7 +1026,7 @@ class Register(Table):
                    if column in self.columns}
         self._own = [self.at.get(column, -1) for column in Tag._fields]
         self._records: Optional[Dict[str, str]] = None
-        if "id" not in self.at or len(self.at) < 2:
+        if "id" not in self.at or len(self.at) < 2 or "event" in self.columns[:2]:
             self.close()
             raise TrackerError(f"{name}, line 1: no header row with an id column; "
                                "put it back")
@@ -1042,6 +1045,22 @@ class Register(Table):
             name = unescape_formula(cell_text(name))
         return Tag(count_in(hits), time_in(last_hit), count_in(opens),
                    time_in(last_open), time_in(created), time_in(sent), name)
+
+    def is_row(self, tag_id: str, cells: Sequence[str]) -> bool:
+        """Tell whether cells are a tag's.
+
+        A row that lacks some may have been cut off, and its id may be half of one.
+        """
+        return is_id(tag_id) and (len(cells) >= len(self.columns)
+                                  or len(tag_id) in (ID_LENGTH, 40))
+
+    def filled(self, cells: List[str], width: int) -> List[str]:
+        """Return so many cells; those of no tag's row without their id."""
+        tag_id = self.cell(cells, "id")
+        is_row = self.is_row(tag_id, cells)
+        cells = cells + [""] * (width - len(cells))
+        cells[self.at["id"]] = tag_id if is_row else ""
+        return cells
 
     def new_rows(self, names: Iterable[Tuple[str, str]], created: str, sent: str
                  ) -> str:
@@ -1157,15 +1176,10 @@ class Merger:
 
     def _row(self, tag_id: str, raw: str, cells: List[str]
              ) -> Iterator[Tuple[str, List[str]]]:
-        """Yield a record with what is known of its tag, or nothing.
-
-        A last row that was cut off is no tag's: its id may be half of one.
-        """
-        is_cut = not raw.endswith(("\n", "\r")) and tag_id not in self._journal.tags \
-            and len(cells) < len(self.source.columns)
+        """Yield a record with what is known of its tag, or nothing."""
         if self._is_forgotten(bare_id(tag_id)):
             self.changed = self.dropped = True
-        elif not is_id(tag_id) or is_cut:
+        elif not self.source.is_row(tag_id, cells):
             yield raw, cells
         elif tag_id in self._seen:
             yield self._written(raw, cells, {"id": COPY + tag_id})
@@ -1258,7 +1272,7 @@ class Merger:
         blanks: Dict[Tuple[str, str], Tag] = {}
         for cells in self.rows():
             if len(cells) < width:
-                cells = cells + [""] * (width - len(cells))
+                cells = self.source.filled(cells, width)
             tag_id, hits, last_hit, opens, last_open, created = self._own(cells)
             if not is_id(tag_id):
                 continue
@@ -1298,7 +1312,8 @@ def register_path(files: Files) -> str:
         time.sleep(0.01)
     for path in filter(os.path.exists, paths):
         return path
-    raise TrackerError(f"no such register: {files.register}; newtag makes one")
+    maker = "settle" if os.path.exists(files.log) else "newtag"
+    raise TrackerError(f"no such register: {files.register}; {maker} makes one")
 
 
 def merged(files: Files, source: Any, place: Optional[Place], other: str) -> Merger:
@@ -1348,7 +1363,7 @@ def _tag_rows(merger: Merger) -> Iterator[List[str]]:
     has_id = _WHOLE_ID.fullmatch  # a million times, so not by is_id
     for cells in merger.rows():
         if len(cells) < width:
-            cells += [""] * (width - len(cells))
+            cells = merger.source.filled(cells, width)
         if has_id(cells[id_at]):
             name = cells[name_at]
             if name[:1] == "'" or not name.isascii():
@@ -1447,8 +1462,9 @@ class Settler:
         saved: Dict[Stamp, Any] = {
             stamp: path for stamp, path in versions.items()
             if stamp.inode and stamp not in marks[:2]}
+        # What is older than .bak was overtaken by a save that is merged already.
         saved.update((stamp_of(file), file) for file, stamp in self._kept.items()
-                     if stamp_of(file) != stamp)
+                     if stamp_of(file) != stamp and stamp_of(file).mtime > bak.mtime)
         return saved
 
     def _is_log_settled(self, place: Place) -> bool:
@@ -1688,6 +1704,7 @@ def forget_tags(files: Files, ids: Collection[str]) -> None:
     if _holds(files, gone):
         raise TrackerError(f"{files.register} is in use: its rows go with the next "
                            "settle; close it elsewhere")
+    _remove(files.register + ".twin")  # of the first version
     if os.path.exists(files.orig):
         new, old = files.orig + ".new", Register(files.orig, files.orig)
         _remove(new)
@@ -1744,7 +1761,7 @@ class Follower:
         if self._file >= 0 and status.inode == stamp_of(self._file).inode:
             if status.size < self.end:
                 self._restart()
-        elif not self._unheard() and (status.inode or self.FLAGS & os.O_CREAT):
+        elif not self._unheard() and (status.size or self.FLAGS & os.O_CREAT):
             self._open()
 
     def _restart(self) -> None:
@@ -1884,6 +1901,9 @@ class Store:
 
     def open(self) -> None:
         """Be the one server, know all tags, open the log. Raise TrackerError."""
+        if os.path.exists(self.files.register):
+            with _opened(self.files.register):
+                pass  # a regular file, or nothing is begun
         self._lock.enter_context(server_lock(self.files))
         _ensure_register(self.files)
         self._load()
@@ -1924,7 +1944,10 @@ class Store:
     def find(self, tag_id: str) -> Optional[Tag]:
         """Return what is known of a tag, also of one that was made just now."""
         if tag_id not in self.tags:
-            self._hear()
+            with suppress(OSError, TrackerError):
+                self._hear()
+                self._log.look()  # it may just have been moved
+                self._hear()
             if tag_id not in self.tags:
                 event = self._log.find(b",made," + tag_id.encode())
                 if event:
@@ -2024,7 +2047,7 @@ class Store:
         if is_new and event.event in EVENTS:
             tag = after(tag or Tag(), event)
             self.tags[event.id] = tag._replace(name="")
-            if self.names is not None:
+            if self.names is not None and event.event == "made":
                 self.names[event.id] = tag.name
 
     def _obey(self, gone: Collection[str], offset: int) -> None:
@@ -2951,6 +2974,8 @@ def is_damaged(stray: bytes, tag_id: bytes) -> bool:
 
     Seen as %27, a wrong last letter, capitals (gophish#973, emdash#3298).
     """
+    if stray == tag_id:
+        return False
     stray = stray.lower()
     if tag_id in stray:
         return True
@@ -3237,16 +3262,19 @@ class Background:
 
     def __init__(self, work: Callable[[], None], say: Callable[[str], None],
                  period: Optional[float] = None, rest: float = 1.0) -> None:
-        import threading
+        from threading import Event
 
         self.waiting: Deque[Any] = deque()
         self.over = False
         self._work, self._say, self._period = work, say, period
         self._rest = rest  # seconds for what is left when the server stops
-        self._news = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._news = Event()
 
     def __enter__(self) -> Any:
+        from threading import Thread
+
+        # Made here: 3.13 takes a thread that was made before a fork for ended.
+        self._thread = Thread(target=self._run, daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -3988,8 +4016,10 @@ def local_time(text: str) -> str:
     """Return a UTC time in this machine's zone: 2026-11-20T21:14:03+01:00."""
     from datetime import datetime
 
-    return datetime.fromtimestamp(seconds(text)).astimezone().isoformat() \
-        if is_time(text) else text
+    with suppress(ValueError, OverflowError):  # as in the year 9999
+        if is_time(text):
+            return datetime.fromtimestamp(seconds(text)).astimezone().isoformat()
+    return text
 
 
 def in_order(columns: Sequence[str], rows: Iterable[Row],
@@ -4482,7 +4512,10 @@ def cmd_settle(options: argparse.Namespace) -> int:
     files = Files(options.register, options.events)
     if options.worker:
         worker(files, options.rotate_events)
-    elif not settle(files):
+        return 0
+    if not os.path.exists(files.log):
+        register_path(files)  # or it is a name that somebody mistyped
+    if not settle(files):
         raise TrackerError(f"somebody else is at {options.register}; try again")
     return 0
 
@@ -4700,16 +4733,19 @@ def check_server(options: argparse.Namespace, files: Files) -> None:
         if wrong:
             options.parser.error(words)
     options.quiet |= is_silent
-    check_paths(options, files)
 
 
-def check_paths(options: argparse.Namespace, files: Files) -> None:
+def check_paths(options: argparse.Namespace) -> None:
     """Refuse a file that is another one already, or holds what is not ours."""
+    files = Files(getattr(options, "file", "") or options.register, options.events)
+    tls_cert, tls_key, logfile, pidfile = (
+        getattr(options, name, "") for name in ("tls_cert", "tls_key", "logfile",
+                                                "pidfile"))
     taken = [files.register, files.bak, files.old, files.new, files.lock, files.orig,
-             options.tls_cert, options.tls_key]
-    for option, path, ours in (("--events", files.log, rb".*"),
-                               ("--logfile", options.logfile, rb"\d{4}-\d\d-.*"),
-                               ("--pidfile", options.pidfile, rb"\d+\s*")):
+             tls_cert, tls_key]
+    for option, path, ours in (("--events", files.log, rb"(time|[\d,\s\0]).*"),
+                               ("--logfile", logfile, rb"\d{4}-\d\d-.*"),
+                               ("--pidfile", pidfile, rb"\d+\s*")):
         if path and identity(path) in map(identity, taken):
             options.parser.error(f"{option} {path} is another file of the server's")
         if os.path.isfile(path) and os.path.getsize(path):
@@ -4832,6 +4868,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"no option {option}{nearest(option, known)}" if is_option else
             f"one word too many: {word}")
     check_options(options)
+    check_paths(options)
     return options
 
 

@@ -384,7 +384,27 @@ def kill_at_random(kills, seed):
 # -- the tests, and all of it many times ----------------------------------------
 
 KILLS = [(kill_everywhere, name, "anywhere") for name in SCENES]
-CASES = [*KILLS, *[(play, how, seed) for seed in (2, 3) for how in SAVES],
+
+
+def test_an_older_save_into_a_replaced_version_gives_way_to_a_newer_one(tmp_path):
+    files, tag = Files(f"{tmp_path}/register.csv"), "bcdfghjkmnpqrstvwxz22"
+    mailtracker.add_tags(files, [(tag, "=n")], NOON)
+    worker = mailtracker.Settler(files)
+    with open(files.register, "r+b", 0) as held:
+        before = held.read()
+        mailtracker.append_events(files, [Event(NOON, "hit", tag, 1, 1, "human", "x")])
+        assert worker.settle()
+        held.seek(0)
+        held.truncate()
+        held.write(before.replace(b"'=n", b"older"))
+        os.utime(files.bak, (time.time() - 60,) * 2)
+        save(files.register, before.replace(b"'=n", b"newer"), 30)
+        assert mailtracker.settle(files)  # by another process
+        assert worker.settle()
+    assert shown(files)[tag]["name"] == "newer"
+
+
+CASES = [*KILLS, *[(play, how, seed) for seed in range(2) for how in SAVES],
          *[(kill_at_random, 6, seed) for seed in range(2)]]
 
 

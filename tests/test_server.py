@@ -321,13 +321,16 @@ def test_a_socket_from_systemd_must_listen_and_needs_no_port(tracker):
     (["--pidfile", "r.events.csv"], "r.events.csv is"),
     (["--logfile", "x", "--pidfile", "./x"], "--pidfile ./x is"),
     (["--pidfile", "notes"], "--pidfile notes holds something else"),
-    (["--logfile", "notes"], "--logfile notes holds something else")],
+    (["--logfile", "notes"], "--logfile notes holds something else"),
+    (["--events", "notes"], "notes holds something else"),
+    (["--events", "hard"], "hard is another file")],
     ids=" ".join)
 def test_options_without_effect_or_that_destroy_a_file_are_usage_errors(
         run, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
-    for name in ("r.csv", "r.csv.bak", "r.events.csv", "notes"):
+    for name in ("r.csv", "r.csv.bak", "notes"):
         (tmp_path / name).write_text("id,name\n")
+    (tmp_path / "r.events.csv").write_text("time,event\n")
     (tmp_path / "link").symlink_to("r.csv")
     os.link(tmp_path / "r.csv", tmp_path / "hard")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

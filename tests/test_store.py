@@ -405,3 +405,37 @@ def test_a_register_has_one_server(tagged, serve, files, tmp_path):
     server.kill()
     serve("--register", paths[1]).hit(tag)
     assert hits_of(files, tag) == 1
+
+
+@pytest.mark.parametrize("rest, known", [
+    ("cdfghjkmnpqrstvwxz233", True), ("cdfghjkmnpqrstvwxz", False)],
+    ids=["a whole id", "half an id"])
+def test_a_last_row_that_is_cut_off_is_a_tag_if_its_id_is_whole(files, rest, known):
+    save(files.register, HEAD + row("1111") + rest)
+    assert [*shown(files)] == [A, *[B] * known]
+    assert settle(files)
+    assert [*shown(files)] == [A, *[B] * known]
+    assert read(files.register).rstrip("\n,0").endswith(rest)
+
+
+def test_a_tag_made_after_the_log_was_moved_has_its_first_hit_counted(
+        tagged, newtags, files):
+    server, _ = tagged("--quiet")
+    for number in range(5):
+        os.rename(files.log, f"{files.log}.{number}")
+        tag = newtags(files.register, 1)[0]
+        server.hit(tag)
+        assert hits_of(files, tag) == 1
+
+
+@pytest.mark.parametrize("command", ["newtag", "dump", "forget x", "rejudge", "settle"])
+def test_no_command_takes_another_file_for_the_log(run, files, command):
+    save(files.register, HEAD + row("1111"))
+    other = Path(files.register).with_name("people.csv")
+    save(other, "name,email\n")
+    for log in (files.register, other):
+        code, out, error = run(*command.split(), "--register", files.register,
+                               "--events", log)
+        assert code == 2 and not out and str(log) in error
+    assert other.read_text() == "name,email\n"
+    assert read(files.register) == HEAD + row("1111")
