@@ -305,7 +305,9 @@ def tag_template(base: str, path: str, form: str = "html") -> str:
 # of the program's own is one more word in OWN_COLUMNS or LATER_COLUMNS.
 
 OWN_COLUMNS = ("id", "hits", "last_hit", "opens", "last_open", "created", "name")
-LATER_COLUMNS = ("sent",)  # only in registers that need them
+LATER_COLUMNS = (  # only in registers that need them
+    "sent", "email", "campaign", "variant", "status", "message_id")
+TEXTS = ("name", "email", "campaign", "variant", "message_id")  # as somebody wrote them
 COUNTS = ("hits", "opens")
 TIMES = ("last_hit", "last_open", "created", "sent")
 _ALIASES = {"clicks": "hits", "lastclick": "last_hit"}  # the tracker of 2018
@@ -562,6 +564,13 @@ def count_in(cell: str) -> int:
     return int(number[1]) if number else 0
 
 
+def text_in(cell: str) -> str:
+    """Return the text that somebody wrote, of a cell of TEXTS."""
+    if cell[:1] != "'" and cell.isascii():
+        return cell
+    return unescape_formula(cell_text(cell))
+
+
 def time_in(cell: str) -> str:
     """Return the time that a spreadsheet left of a time; "" for none."""
     if not cell or _TIME.fullmatch(cell):
@@ -632,6 +641,7 @@ class Tag(NamedTuple):
     last_open: str = ""
     created: str = ""
     sent: str = ""
+    status: str = ""  # of its mail, one of STATUSES
     name: str = ""
 
 
@@ -685,7 +695,18 @@ def is_open(verdict: str, reason: str) -> bool:
 
 EVENTS = {
     "made": "the tag was made; the detail is its name",
-    "sent": "its mail was handed over",
+    "queued": "its mail waits to be sent; the detail is the campaign",
+    "sending": "its mail is being handed over: it may have gone or not",
+    "sent": "its mail was handed over; the detail is the mail server's answer",
+    "answered": "a mail program was told that its mail went out to all",
+    "failed": "its mail was refused; the detail is the mail server's answer",
+    "delayed": "a mail server is still trying to deliver its mail",
+    "bounced": "its mail came back",
+    "replied": "a person has answered its mail",
+    "autoreply": "a machine has answered its mail",
+    "read": "a receipt says that its mail was shown to somebody",
+    "unsubscribed": "its recipient wants no more mail",
+    "skipped": "its recipient was left out of a mailing; the detail is the campaign",
     "hit": "its pixel was fetched; the detail is the User-Agent",
     "verdict": "an earlier hit is judged anew",
     "count": "counts from elsewhere; time and detail are the last hit and open",
@@ -693,14 +714,31 @@ EVENTS = {
 }
 
 
+# The states of a mail, each later than those before it.
+STATUSES = ("queued", "sending", "failed", "sent", "delayed", "replied", "bounced",
+            "unsubscribed")
+_RANKS = {status: rank for rank, status in enumerate(STATUSES, 1)}
+
+
+def advanced(status: str, new: str) -> str:
+    """Return the later status; only what was being sent may wait again."""
+    is_back = (status, new) == ("sending", "queued")
+    return new if is_back or _RANKS.get(new, 0) > _RANKS.get(status, 0) else status
+
+
 def after(tag: Tag, event: Event) -> Tag:
-    """Return what an event makes of a tag; an older one changes no counts."""
-    hits, last_hit, opens, last_open, created, sent, name = tag
+    """Return what an event makes of a tag; an older one changes no counts.
+
+    A sent without an answer is a claim of newtag --armed: nothing was handed over.
+    """
+    hits, last_hit, opens, last_open, created, sent, status, name = tag
     kind = event.event
     if kind == "made":
         created, name = event.time, event.detail
-    elif kind == "sent":
-        sent = event.time
+    elif kind in _RANKS:
+        sent = event.time if kind in ("sending", "sent") else sent
+        status = status if kind == "sent" and not event.detail else advanced(
+            status, kind)
     elif event.hits is not None and event.opens is not None and event.hits >= hits:
         hits, opens = event.hits, event.opens
         if kind == "hit":
@@ -709,7 +747,7 @@ def after(tag: Tag, event: Event) -> Tag:
                 last_open = max(last_open, event.time)
         elif kind == "count":
             last_hit, last_open = event.time if hits else "", time_in(event.detail)
-    return Tag(hits, last_hit, opens, last_open, created, sent, name)
+    return Tag(hits, last_hit, opens, last_open, created, sent, status, name)
 
 
 # -- the files ----------------------------------------------------------------
@@ -1013,6 +1051,33 @@ def hash_of(tag_id: str) -> str:
 
 # -- the register as it should stand --------------------------------------------
 
+class Making(NamedTuple):
+    """How tags are made: when, and what each has in which columns, its id first."""
+
+    created: str
+    sent: str = ""
+    status: str = ""  # "" where there is no mail
+    detail: str = ""  # of the event that says so
+    columns: Sequence[str] = ("id", "name")
+
+    def needed(self) -> List[str]:
+        """Return which of LATER_COLUMNS a register must have for them."""
+        return [c for c in LATER_COLUMNS if c in self.columns
+                or self.status and c in ("sent", "status")]
+
+    def lines(self, tags: Iterable[Sequence[str]]) -> Iterator[bytes]:
+        """Yield the lines with which tags begin in the log."""
+        name_at = self.columns.index("name")
+        line = Event(self.created, "made", "{0}", 0, 0, detail="{1}").line().decode()
+        if self.sent or self.status:
+            line += Event(self.sent or self.created, self.status or "sent", "{0}", 0, 0,
+                          detail=self.detail).line().decode()
+        for tag in tags:
+            name = tag[name_at]
+            detail = name if _PLAIN.fullmatch(name) else _detail_cell(name)
+            yield line.format(tag[0], detail).encode()
+
+
 class Register(Table):
     """A register as it stands: a table with the program's own columns."""
 
@@ -1039,12 +1104,11 @@ class Register(Table):
     def tag(self, cells: Sequence[str]) -> Tag:
         """Return what a row says of its tag."""
         width = len(cells)
-        hits, last_hit, opens, last_open, created, sent, name = [
+        hits, last_hit, opens, last_open, created, sent, status, name = [
             cells[at] if 0 <= at < width else "" for at in self._own]
-        if name[:1] == "'" or not name.isascii():
-            name = unescape_formula(cell_text(name))
         return Tag(count_in(hits), time_in(last_hit), count_in(opens),
-                   time_in(last_open), time_in(created), time_in(sent), name)
+                   time_in(last_open), time_in(created), time_in(sent), status,
+                   text_in(name))
 
     def is_row(self, tag_id: str, cells: Sequence[str]) -> bool:
         """Tell whether cells are a tag's.
@@ -1062,15 +1126,15 @@ class Register(Table):
         cells[self.at["id"]] = tag_id if is_row else ""
         return cells
 
-    def new_rows(self, names: Iterable[Tuple[str, str]], created: str, sent: str
-                 ) -> str:
-        """Return the rows of new tags, given as ids and names."""
-        blank = {"id": "{0}", "hits": "0", "opens": "0", "created": created,
-                 "sent": sent, "name": "{1}"}
+    def new_rows(self, making: Making, tags: Iterable[Sequence[str]]) -> str:
+        """Return the rows of new tags."""
+        places = {c: "{%d}" % n for n, c in enumerate(making.columns)}
+        blank = {"hits": "0", "opens": "0", "created": making.created,
+                 "sent": making.sent, "status": making.status, **places}
         row = self.delimiter.join(blank.get(c, "") for c in self.columns) + self.eol
         return "".join([
-            row.format(tag_id, self.quoted(escape_formula(name)))
-            for tag_id, name in names])
+            row.format(tag_id, *[self.quoted(escape_formula(text)) for text in texts])
+            for tag_id, *texts in tags])
 
     def cells(self, raw: str) -> List[str]:
         """Return the cells of one record."""
@@ -1104,12 +1168,16 @@ def newest(versions: Sequence[Optional[Tag]], is_exact: bool = False) -> Tag:
     best = max(known, key=lambda tag: (tag.hits, tag.last_hit or "unknown"))
     last_open = best.last_open if is_exact and best is versions[0] else max(
         tag.last_open for tag in known)
-    created = sent = name = ""
+    created = sent = status = name = ""
     for tag in known:
         created, sent = created or tag.created, sent or tag.sent
         name = name or tag.name
+    for tag in reversed(known):  # the log has the last word
+        status = advanced(status, tag.status) if status else tag.status
+    if status == "sending" and best.hits:
+        status = "sent"  # as it was fetched
     return Tag(best.hits, max(tag.last_hit for tag in known) if best.hits else "",
-               best.opens, last_open if best.opens else "", created, sent, name)
+               best.opens, last_open if best.opens else "", created, sent, status, name)
 
 
 class Merger:
@@ -1122,14 +1190,17 @@ class Merger:
     """
 
     def __init__(self, source: Register, journal: Journal, fits: bool,
-                 other: Optional[Register] = None) -> None:
+                 other: Optional[Register] = None, wanted: Collection[str] = ()
+                 ) -> None:
         self.source, self._journal, self._fits = source, journal, fits
         self.place = journal.place
         self._other, self._others_rows = other, other.by_id() if other else {}
         self._seen: Set[str] = set()
         added = [c for c in OWN_COLUMNS if c not in source.at]
-        if "sent" not in source.at and any(t.sent for t in journal.tags.values()):
-            added.append("sent")
+        wanted = {*wanted, *(other.at if other else ()), *(
+            c for tag in journal.tags.values() for c in ("sent", "status")
+            if getattr(tag, c))}
+        added += [c for c in LATER_COLUMNS if c in wanted and c not in source.at]
         self.columns = [*source.columns, *added]
         self.at = {**source.at, **{c: self.columns.index(c) for c in added}}
         self._own = itemgetter(*(self.at[column] for column in OWN_COLUMNS[:-1]))
@@ -1199,18 +1270,24 @@ class Merger:
         if log and old in ("", raw) and self._says(tag_id, cells, log):
             return raw, cells
         row = self.source.tag(cells)
-        other = self._other.tag(self._other.cells(old)) if self._other and old else None
+        others = self._other.cells(old) if self._other and old else []
+        other = self._other.tag(others) if self._other and old else None
         tag = newest([log, row, other], tag_id in self._journal.exact)
         if not self._fits:
             self._tell(tag_id, tag, log)
-        return self._written(raw, cells, self._cells(tag_id, tag))
+        wanted = self._cells(tag_id, tag)
+        if self._other:  # whose columns may be missing here
+            wanted.update((c, self._other.cell(others, c)) for c in self._other.at
+                          if c not in (*self.source.at, *wanted))
+        return self._written(raw, cells, wanted)
 
     def _says(self, tag_id: str, cells: List[str], log: Tag) -> bool:
         """Tell at a glance that a row says what the log says, as most do."""
-        hits, last_hit, opens, last_open, created, sent, _ = log
-        return not sent and len(cells) == len(self.columns) and self._own(cells) == (
-            tag_id, str(hits), last_hit, str(opens), last_open,
-            created or cells[self.at["created"]])
+        hits, last_hit, opens, last_open, created, sent, status, _ = log
+        return not (sent or status) and len(cells) == len(self.columns) \
+            and self._own(cells) == (
+                tag_id, str(hits), last_hit, str(opens), last_open,
+                created or cells[self.at["created"]])
 
     def _tell(self, tag_id: str, tag: Tag, log: Optional[Tag]) -> None:
         """Note what the log does not know: ids and counts from elsewhere."""
@@ -1225,9 +1302,9 @@ class Merger:
     def _cells(self, tag_id: str, tag: Tag) -> Dict[str, str]:
         """Return the program's own cells for a tag, by column."""
         cells = {"id": tag_id, "hits": str(tag.hits), "last_hit": tag.last_hit,
-                 "opens": str(tag.opens), "last_open": tag.last_open, "sent": tag.sent}
-        if tag.created:
-            cells["created"] = tag.created
+                 "opens": str(tag.opens), "last_open": tag.last_open, "sent": tag.sent,
+                 **{c: getattr(tag, c) for c in ("created", "status")
+                    if getattr(tag, c)}}
         if "name" not in self.source.at:
             cells["name"] = escape_formula(tag.name)
         return cells
@@ -1267,25 +1344,25 @@ class Merger:
 
         The many that were never hit share their objects.
         """
-        sent_at, name_at, width = self.at.get("sent", -1), self.at["name"], len(
-            self.columns)
-        blanks: Dict[Tuple[str, str], Tag] = {}
+        name_at, width = self.at["name"], len(self.columns)
+        later = [self.at.get(column, -1) for column in ("sent", "status")]
+        blanks: Dict[Tuple[str, str, str], Tag] = {}
         for cells in self.rows():
             if len(cells) < width:
                 cells = self.source.filled(cells, width)
             tag_id, hits, last_hit, opens, last_open, created = self._own(cells)
             if not is_id(tag_id):
                 continue
-            sent = cells[sent_at] if sent_at >= 0 else ""
-            tag = blanks.get((created, sent)) if hits == "0" else None
+            sent, status = [cells[at] if at >= 0 else "" for at in later]
+            tag = blanks.get((created, sent, status)) if hits == "0" else None
             if not tag:
                 same = last_open == last_hit
                 tag = Tag(count_in(hits), last_hit, count_in(opens),
-                          last_hit if same else last_open, created, sent)
+                          last_hit if same else last_open, created, sent, status)
                 if hits == "0":
-                    blanks[created, sent] = tag
+                    blanks[created, sent, status] = tag
             if names is not None:
-                names[tag_id] = unescape_formula(cell_text(cells[name_at]))
+                names[tag_id] = text_in(cells[name_at])
             yield tag_id, tag
 
 
@@ -1316,10 +1393,12 @@ def register_path(files: Files) -> str:
     raise TrackerError(f"no such register: {files.register}; {maker} makes one")
 
 
-def merged(files: Files, source: Any, place: Optional[Place], other: str) -> Merger:
+def merged(files: Files, source: Any, place: Optional[Place], other: str,
+           wanted: Collection[str] = ()) -> Merger:
     """Return the merger of a version with the log from a place on.
 
     None is for a version in no mark: then the whole log and another version count.
+    Wanted are columns that it should have.
     """
     journal = Journal(files.log, place or Place())
     if place and place.inode and journal.is_whole:
@@ -1329,9 +1408,9 @@ def merged(files: Files, source: Any, place: Optional[Place], other: str) -> Mer
         os.lseek(source, 0, os.SEEK_SET)
     register = Register(source, files.register)
     old = _readable(other) if place is None else None
-    merger = Merger(register, journal, place is not None, old)
+    merger = Merger(register, journal, place is not None, old, wanted)
     if register.is_empty and old:  # a save that died after its first step
-        merger = Merger(Register(other, other), journal, False)
+        merger = Merger(Register(other, other), journal, False, None, wanted)
         merger.changed = True
     return merger
 
@@ -1358,16 +1437,18 @@ def register_rows(files: Files) -> Tuple[List[str], Iterator[List[str]]]:
 
 def _tag_rows(merger: Merger) -> Iterator[List[str]]:
     """Yield the cells of tags, and tell people what is left out."""
-    id_at, name_at, width = merger.at["id"], merger.at["name"], len(merger.columns)
+    id_at, width = merger.at["id"], len(merger.columns)
+    texts = [merger.at[column] for column in TEXTS if column in merger.at]
     left_out = line = 0
     has_id = _WHOLE_ID.fullmatch  # a million times, so not by is_id
     for cells in merger.rows():
         if len(cells) < width:
             cells = merger.source.filled(cells, width)
         if has_id(cells[id_at]):
-            name = cells[name_at]
-            if name[:1] == "'" or not name.isascii():
-                cells[name_at] = unescape_formula(cell_text(name))
+            for at in texts:
+                cell = cells[at]
+                if cell[:1] == "'" or not cell.isascii():
+                    cells[at] = text_in(cell)
             yield cells
         elif any(cells) and not cells[id_at].startswith(COPY):
             left_out, line = left_out + 1, line or merger.source.current_line()
@@ -1385,8 +1466,9 @@ class Settler:
     into one of them is the newest.
     """
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, columns: Collection[str] = ()) -> None:
         self.files = files
+        self._columns = columns  # that the register should have as well
         self._kept: Dict[int, Stamp] = {}
         self._missing_since = 0.0
 
@@ -1429,14 +1511,16 @@ class Settler:
                                                                files.bak))
         fits = (stamp, bak) == marks[:2]
         saved = self._saved(marks, stamp, bak)
-        if fits and not saved and not force and self._is_log_settled(marks.log):
+        if fits and not saved and not force and not self._columns \
+                and self._is_log_settled(marks.log):
             return True
         if any(abs(time.time() - version.mtime / 1e9) < SAVING for version in saved):
             return False
         version = max(saved, key=lambda save: save.mtime, default=stamp)
         source = saved.get(version, files.register)
         merger = merged(files, source, marks.log if fits and not saved else None,
-                        files.bak if source == files.register else files.register)
+                        files.bak if source == files.register else files.register,
+                        self._columns)
         try:
             new = write_register(files.new, source, merger.source, chain(
                 [merger.head()], (raw for raw, _ in merger)))
@@ -1597,70 +1681,79 @@ def rotate_log(path: str) -> None:
 
 # -- making and forgetting tags -------------------------------------------------
 
-def create_register(files: Files) -> None:
-    """Make an empty register, unless there is one."""
+def create_register(files: Files, columns: Collection[str] = ()) -> None:
+    """Make an empty register, unless there is one; some columns are extra."""
     try:
         file = os.open(files.register, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return
     with open(file, "w", encoding="utf-8") as out:
-        out.write(csv_row(OWN_COLUMNS))
+        out.write(csv_row([*OWN_COLUMNS, *columns]))
         out.flush()
         os.fsync(file)
         write_marks(files, Marks(stamp_of(file)))
 
 
-def _ensure_register(files: Files) -> None:
-    """Make a register where none ever was; bring back one that is missing."""
+def _ensure_register(files: Files, columns: Collection[str] = ()) -> None:
+    """Make a register where none ever was; bring back one that is missing.
+
+    It has some columns of LATER_COLUMNS then.
+    """
     folder = os.path.dirname(files.register)
     if not os.path.isdir(folder):
         raise TrackerError(f"no such folder: {folder}")
     if not any(map(os.path.exists, (files.register, files.old, files.bak, files.log))):
-        create_register(files)
+        create_register(files, columns)
     elif not os.path.exists(files.register):
         settle(files)
+    if columns:
+        register = Register(files.register, files.register)
+        register.close()
+        if not register.at.keys() >= {*columns}:
+            settle(files, Settler(files, columns))
 
 
-def add_tags(files: Files, names: Sequence[Tuple[str, str]], created: str,
-             sent: str = "") -> None:
-    """Append tags, given as ids and names, to register and log: all or none.
+def add_tags(files: Files, tags: Sequence[Sequence[str]], making: Making) -> None:
+    """Append tags, each with its texts for the columns of their making: all or none.
 
     They are on the disk when this returns. Raise TrackerError or OSError.
     """
-    _ensure_register(files)
+    _ensure_register(files, making.needed())
     with lock_of(LOCK_SECONDS, *files.versions) as locked:
         if locked < 0:
             raise TrackerError(f"another command holds {files.register}; "
                                "end it, or try again")
         marks = read_marks(files)
-        register = _register_to_append(files, names, marks)
+        register = _register_to_append(files, tags, marks)
+        if not register.at.keys() >= {*making.needed()}:
+            raise TrackerError(f"{files.register} is being saved; try again")
         with _opened(files.register, os.O_RDWR | os.O_APPEND) as file:
             size, settled = os.fstat(file).st_size, stamp_of(file) == marks.register
             try:
-                _append_rows(file, register, names, created, sent)
-                place = append_lines(files, _making(names, created, sent), marks.log)
+                _append_rows(file, register, making, tags)
+                place = append_lines(files, making.lines(tags), marks.log)
             except (OSError, TrackerError):
                 os.ftruncate(file, size)
-                erase(files.log, dict(names).__contains__)
+                erase(files.log, {tag[0] for tag in tags}.__contains__)
                 raise
-            if settled and (not sent or "sent" in register.at):
+            if settled and (not making.sent or "sent" in register.at):
                 write_marks(files, marks._replace(register=stamp_of(file), log=place))
 
 
-def _register_to_append(files: Files, names: Iterable[Tuple[str, str]],
-                        marks: Marks) -> Register:
+def _register_to_append(files: Files, tags: Iterable[Sequence[str]], marks: Marks
+                        ) -> Register:
     """Return the register, read to its end where that may be broken or in cp1252."""
     register = Register(files.register, files.register)
     if stamp_of(files.register) != marks.register \
-            or not all(name.isascii() for _, name in names):
+            or not all(text.isascii() for tag in tags for text in tag):
         for _ in register:
             pass
     register.close()
     return register
 
 
-def _append_rows(file: int, register: Register, names: Sequence[Tuple[str, str]],
-                 created: str, sent: str) -> None:
+def _append_rows(file: int, register: Register, making: Making,
+                 tags: Sequence[Sequence[str]]) -> None:
     """Append the rows of tags to an open register, and sync it."""
     width = 1 if register.encoding == "utf-8" else 2
     size = os.fstat(file).st_size
@@ -1669,22 +1762,11 @@ def _append_rows(file: int, register: Register, names: Sequence[Tuple[str, str]]
         text = csv_row(OWN_COLUMNS)
     elif os.pread(file, width, size - width).strip(b"\0") in (b"\n", b"\r"):
         text = ""
-    for first in range(0, len(names), 10000):
-        text += register.new_rows(names[first:first + 10000], created, sent)
+    for first in range(0, len(tags), 10000):
+        text += register.new_rows(making, tags[first:first + 10000])
         write_whole(file, text.encode(register.encoding, "surrogateescape"))
         text = ""
     os.fsync(file)
-
-
-def _making(names: Iterable[Tuple[str, str]], created: str, sent: str
-            ) -> Iterator[bytes]:
-    """Yield the lines with which tags begin in the log."""
-    line = Event(created, "made", "{0}", 0, 0, detail="{1}").line().decode()
-    if sent:
-        line += Event(sent, "sent", "{0}", 0, 0).line().decode()
-    for tag_id, name in names:
-        detail = name if _PLAIN.fullmatch(name) else _detail_cell(name)
-        yield line.format(tag_id, detail).encode()
 
 
 def forget_tags(files: Files, ids: Collection[str]) -> None:
@@ -2042,8 +2124,8 @@ class Store:
     def _take(self, event: Event) -> None:
         """Take one event of others; our own say nothing new."""
         tag = self.tags.get(event.id)
-        is_new = event.event == "made" or tag and (event.hits or 0) > tag.hits \
-            or event.event == "sent"
+        is_new = event.event == "made" or event.event in _RANKS \
+            or tag and (event.hits or 0) > tag.hits
         if is_new and event.event in EVENTS:
             tag = after(tag or Tag(), event)
             self.tags[event.id] = tag._replace(name="")
@@ -4202,6 +4284,251 @@ def json_value(column: str, cell: str) -> Any:
 
 
 # ---------------------------------------------------------------------------
+# Mail: pixels into messages, messages out, and what comes back
+# ---------------------------------------------------------------------------
+# Everything here is hostile until it is checked: messages, mailboxes, mail servers,
+# and cells of a recipient list. Bytes of a message that need not change do not; what
+# happens to a mail is an event in the log before the next step is taken.
+
+
+# -- the smarthost: a mail server that takes our mail ---------------------------
+
+CONNECT_SECONDS = 30.0
+REPLY_SECONDS = 60.0
+DOT_SECONDS = 600.0   # RFC 5321, 4.5.3.2.6: the server may need them to deliver
+PER_CONNECTION = 50   # messages; providers end longer connections
+
+
+class Reply(NamedTuple):
+    """A mail server's answer in one line; its code is 0 where there was none."""
+
+    code: int
+    text: str
+    stage: str  # connect, login, mail, rcpt, data or dot: what was asked
+
+    @property
+    def is_ok(self) -> bool:
+        """Tell whether it went on."""
+        return 200 <= self.code < 400
+
+    @property
+    def is_lost(self) -> bool:
+        """Tell whether the message may have gone: no answer came to its end."""
+        return self.stage == "dot" and not self.code
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.text}" if self.code else self.text
+
+
+class Smarthost:
+    """A mail server that takes our mail, and one connection to it.
+
+    Nothing is raised for what goes wrong there: the reply says so. TLS is verified,
+    and no password goes without it but to this machine. The password is asked for at
+    each login, since tokens age.
+    """
+
+    def __init__(self, host: str, port: int, user: str = "",
+                 password: Callable[[], str] = str, auth: str = "password",
+                 name: str = "[127.0.0.1]") -> None:
+        self.host, self.port = host, port
+        self.login: Tuple[str, Callable[[], str], str] = user, password, auth
+        self._name = name  # how we greet; the real one may be slow to find, or private
+        self._smtp: Any = None
+        self._handed = 0  # messages on this connection
+
+    @property
+    def extensions(self) -> Mapping[str, str]:
+        """The extensions it offers, in lower case, with their parameters."""
+        return self._smtp.esmtp_features if self._smtp else {}
+
+    def open(self) -> Reply:
+        """Connect, encrypt and log in, unless that is done."""
+        if self._smtp:
+            return Reply(220, "open", "connect")
+        return self._asked("connect", self._connect)
+
+    def _connect(self) -> Tuple[int, bytes]:
+        import smtplib
+        import ssl
+
+        where, user = (self.host, self.port, self._name), self.login[0]
+        smtp: Any
+        if self.port == 465:
+            smtp = smtplib.SMTP_SSL(*where, timeout=CONNECT_SECONDS,
+                                    context=ssl.create_default_context())
+        else:
+            smtp = smtplib.SMTP(*where, timeout=CONNECT_SECONDS)
+        self._smtp, self._handed = smtp, 0
+        smtp.sock.settimeout(REPLY_SECONDS)
+        smtp.ehlo_or_helo_if_needed()
+        is_near = is_loopback(smtp.sock.getpeername()[0])
+        if self.port != 465 and smtp.has_extn("starttls") and (user or not is_near):
+            code, text = smtp.starttls(context=ssl.create_default_context())
+            if code != 220:
+                raise smtplib.SMTPResponseException(code, text)
+            smtp.ehlo()
+        elif user and not is_near and self.port != 465:
+            raise smtplib.SMTPNotSupportedError(
+                "offers no TLS, and no password goes without it")
+        return self._log_in() if user else (220, b"open")
+
+    def _log_in(self) -> Tuple[int, bytes]:
+        import smtplib
+        from binascii import b2a_base64
+
+        user, password, auth = self.login
+        if auth != "xoauth2":
+            self._smtp.login(user, password())
+            return 235, b"logged in"
+        # Not smtp.auth(), which fails on the error's continuation (3.9).
+        token = f"user={user}\1auth=Bearer {password()}\1\1".encode()
+        code, text = self._smtp.docmd("AUTH", "XOAUTH2 " + b2a_base64(
+            token, newline=False).decode())
+        if code == 334:
+            code, text = self._smtp.docmd("")
+        if code != 235:
+            raise smtplib.SMTPAuthenticationError(code, text)
+        return code, text
+
+    def _asked(self, stage: str, ask: Callable[[], Tuple[int, bytes]]) -> Reply:
+        """Return what it says to something; without an answer, the connection goes."""
+        import smtplib
+
+        try:
+            code, text = ask()
+        except smtplib.SMTPResponseException as error:
+            code, text = error.smtp_code, error.smtp_error  # type: ignore[assignment]
+            is_login = isinstance(error, smtplib.SMTPAuthenticationError)
+            stage = "login" if is_login else stage
+            self.close()
+        except (OSError, ValueError) as error:  # of smtplib, ssl and socket
+            code, text = 0, str(error).encode()
+            self.close()
+        if code == 421:
+            self.close()
+        words = text if isinstance(text, bytes) else str(text).encode()
+        line = " ".join(words.decode("utf-8", "replace").split())
+        return Reply(max(code, 0), clean(line) or "no answer", stage)
+
+    def _command(self, stage: str, words: str) -> Reply:
+        return self._asked(stage, lambda: self._smtp.docmd(words)) if self._smtp \
+            else Reply(0, "not connected", stage)
+
+    def mail(self, sender: str, options: str = "") -> Reply:
+        """Begin a message; connect for it, once more where the connection has ended."""
+        if self._handed >= PER_CONNECTION:
+            self.close()
+        was_open = bool(self._smtp)
+        reply = self.open()
+        if reply.is_ok:
+            words = f"MAIL FROM:<{sender}>{options and ' ' + options}"
+            reply = self._command("mail", words)
+            if was_open and not self._smtp:  # it had been closed meanwhile
+                reply = self.open()
+                reply = self._command("mail", words) if reply.is_ok else reply
+        return reply
+
+    def rcpt(self, recipient: str, options: str = "") -> Reply:
+        """Name a recipient of the message."""
+        words = f"RCPT TO:<{recipient}>{options and ' ' + options}"
+        return self._command("rcpt", words)
+
+    def data(self, message: bytes, before_dot: Callable[[], object] = int) -> Reply:
+        """Hand over a message with CRLF line ends; call before_dot before its end.
+
+        What that raises is raised, and the message has not gone then.
+        """
+        reply = self._command("data", "DATA")
+        if reply.code != 354:
+            return reply._replace(code=reply.code if reply.code >= 400 else 0)
+        stuffed = re.sub(rb"(?m)^\.", b"..", message)
+        end = b".\r\n" if stuffed.endswith(b"\r\n") else b"\r\n.\r\n"
+        try:
+            self._smtp.sock.sendall(stuffed)
+        except OSError as error:
+            self.close()
+            return Reply(0, str(error), "data")
+        try:
+            before_dot()
+        except (TrackerError, OSError):
+            self.close()
+            raise
+        self._handed += 1
+        return self._asked("dot", lambda: self._end(end))
+
+    def _end(self, end: bytes) -> Tuple[int, bytes]:
+        self._smtp.sock.settimeout(DOT_SECONDS)
+        self._smtp.sock.sendall(end)
+        code, text = self._smtp.getreply()
+        self._smtp.sock.settimeout(REPLY_SECONDS)
+        return code, text
+
+    def deliver(self, sender: str, recipient: str, message: bytes,
+                before_dot: Callable[[], object] = int, options: str = "") -> Reply:
+        """Hand one message to one recipient; the reply's stage says how far it got."""
+        reply = self.mail(sender, options)
+        reply = self.rcpt(recipient) if reply.is_ok else reply
+        reply = self.data(message, before_dot) if reply.is_ok else reply
+        if not reply.is_ok and reply.stage != "dot":
+            self.reset()
+        return reply
+
+    def reset(self) -> None:
+        """Give up the message that was begun."""
+        if self._smtp:
+            self._command("rset", "RSET")
+
+    def close(self) -> None:
+        """End the connection; it need not be there any more."""
+        smtp, self._smtp = self._smtp, None
+        if smtp:
+            smtp.close()
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether an address is this machine's own."""
+    from ipaddress import ip_address
+
+    try:
+        return ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return address.lower() == "localhost"
+
+
+def password_from(command: str) -> str:
+    """Return the first line that a command prints, else $MAILTRACKER_PASSWORD.
+
+    Raise TrackerError for a command that fails; nothing of what it says is shown.
+    """
+    from subprocess import DEVNULL, PIPE, run
+
+    if not command:
+        return os.environ.get("MAILTRACKER_PASSWORD", "")
+    done = run(command, shell=True, stdout=PIPE, stderr=DEVNULL, check=False)
+    password = done.stdout.decode("utf-8", "replace").partition("\n")[0].rstrip("\r")
+    if done.returncode or not password:
+        raise TrackerError("--password-command exits "
+                           f"{done.returncode}{'' if password else ' without a word'}")
+    return password
+
+
+def _host_and_port(text: str) -> Tuple[str, int]:
+    """Return what HOST[:PORT] means; 587 is the port for handing in mail."""
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?", text, re.ASCII)
+    if not found or not 0 < int(found[2] or 587) < 65536:
+        raise ValueError
+    return found[1].strip("[]"), int(found[2] or 587)
+
+
+def smarthost_of(options: argparse.Namespace) -> Smarthost:
+    """Return the smarthost that a command's options name."""
+    host, port = options.smarthost
+    return Smarthost(host, port, options.user,
+                     lambda: password_from(options.password_command), options.auth)
+
+
+# ---------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------
 # A command is one cmd_ function, which prints results and nothing else, and one add_
@@ -4220,8 +4547,9 @@ def cmd_newtag(options: argparse.Namespace) -> int:
     names = people.names if people else [options.name] * options.count
     ids, now = new_ids(os.urandom(32), len(names)), utc_text(time.time())
     if ids:
-        add_tags(Files(options.register, options.events), list(
-            zip(ids, map(one_line, names))), now, now if options.armed else "")
+        add_tags(Files(options.register, options.events),
+                 list(zip(ids, map(one_line, names))),
+                 Making(now, now if options.armed else ""))
     texts = [template.replace("{id}", tag_id) for tag_id in ids]
     print_lines(people.with_tags(ids, texts) if people else texts)
     if options.copy:
@@ -4561,6 +4889,7 @@ def _template(text: str) -> str:
 
 size_argument = argument(_size, "a size such as 100M")
 network_argument = argument(_network, "an address or network such as 10.0.0.0/8")
+smarthost_argument = argument(_host_and_port, "a mail server such as smtp.x.org:587")
 moment_argument = argument(moment, "a time such as 2026-11-01, 3d or 12h")
 template_argument = argument(
     _template, "a path with {id} as a segment, such as /img/{id}/logo.gif")
@@ -4667,6 +4996,18 @@ def add_others(commands: Any) -> None:
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add("--rotate-events", type=number_in(0, 10 ** 9), default=0,
         help=argparse.SUPPRESS)
+
+
+def add_smarthost(add: Any, auth: Sequence[str]) -> None:
+    """Add the options that say which mail server takes our mail."""
+    add("--smarthost", metavar="HOST[:PORT]", type=smarthost_argument, required=True,
+        help="the mail server that takes the mail (default port: 587; 465 is TLS from "
+        "the start)")
+    add("--user", default="", help="log in there as this user")
+    add("--password-command", metavar="COMMAND", default="",
+        help="a command that prints the password (default: $MAILTRACKER_PASSWORD)")
+    add("--auth", choices=auth, default=auth[0],
+        help="how to log in (default: %(default)s)")
 
 
 def cmd_server(options: argparse.Namespace) -> int:

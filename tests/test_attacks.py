@@ -20,7 +20,7 @@ import pytest
 from conftest import (
     PIXEL_START, assert_nothing_raw, break_off, eventually, exchange, get, hits_of,
     in_pieces, linux, occupy, read_all, servers, status_of)
-from mailtracker import Files, Lines, add_tags, new_ids
+from mailtracker import Files, Lines, Making, add_tags, new_ids
 
 # -- tools ------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("target")
     register = folder / "register.csv"
     tag, = new_ids(bytes(16))
-    add_tags(Files(str(register)), [(tag, "")], "2026-11-20T12:00:00Z")
+    add_tags(Files(str(register)), [(tag, "")], Making("2026-11-20T12:00:00Z"))
     with servers(folder, folder) as start:
         yield start(), tag, lambda: hits_of(register, tag)
 

@@ -20,7 +20,7 @@ NAMES = ['ann, "the" first', "=1+1", "m\xfcller"]
 @pytest.fixture
 def register(files):
     """Return a settled register: 12 hits and an open, one machine's hit, none."""
-    mailtracker.add_tags(files, list(zip((A, B, C), NAMES)), NOON)
+    mailtracker.add_tags(files, list(zip((A, B, C), NAMES)), mailtracker.Making(NOON))
     mailtracker.append_events(files, [
         Event(LATER, "hit", A, 12, 1, "human", "browser", "", "Mozilla"),
         Event(LATER, "hit", B, 2, 0, "machine", "scanner", "", "curl")])

@@ -46,7 +46,7 @@ def new_register(folder, number, dice):
     os.makedirs(f"{folder}/mails")
     files, tags = Files(f"{folder}/mails/register.csv"), new_ids(number, dice)
     Path(files.register).write_text(HEAD)
-    mailtracker.add_tags(files, [(tag, "=n") for tag in tags], NOON)
+    mailtracker.add_tags(files, [(tag, "=n") for tag in tags], mailtracker.Making(NOON))
     return files, tags
 
 
@@ -293,7 +293,8 @@ SCENES = {
     "a save": lambda scene: (scene.save(), scene.settle()),
     "no register": lambda scene: (os.unlink(scene.files.register), scene.settle()),
     "newtag": lambda scene: mailtracker.add_tags(
-        scene.files, [(tag, "new") for tag in new_ids(2, random.Random(2))], NOON),
+        scene.files, [(tag, "new") for tag in new_ids(2, random.Random(2))],
+        mailtracker.Making(NOON)),
     "forget": Scene.forget,
     "rotate": lambda scene: (scene.settle(), mailtracker.rotate_log(scene.files.log)),
     "a save within the exchange": lambda scene: scene.saved_before("os.link", "new"),
@@ -388,7 +389,7 @@ KILLS = [(kill_everywhere, name, "anywhere") for name in SCENES]
 
 def test_an_older_save_into_a_replaced_version_gives_way_to_a_newer_one(tmp_path):
     files, tag = Files(f"{tmp_path}/register.csv"), "bcdfghjkmnpqrstvwxz22"
-    mailtracker.add_tags(files, [(tag, "=n")], NOON)
+    mailtracker.add_tags(files, [(tag, "=n")], mailtracker.Making(NOON))
     worker = mailtracker.Settler(files)
     with open(files.register, "r+b", 0) as held:
         before = held.read()

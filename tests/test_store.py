@@ -126,7 +126,7 @@ STORIES = {  # events, and what is told after them
 @pytest.mark.parametrize("events, expected", STORIES.values(), ids=STORIES)
 def test_events_come_to_the_same_whenever_they_are_settled(
         when, events, expected, files):
-    mailtracker.add_tags(files, [(A, "ann")], T1)
+    mailtracker.add_tags(files, [(A, "ann")], mailtracker.Making(T1))
     for each in events:
         assert when != "after each event" or settle(files)
         append_events(files, [each])
@@ -164,7 +164,8 @@ def test_the_version_with_the_most_hits_is_right(logged, mine, older, expected, 
 
 FITTING = {  # what happens to the files, and whether the marks fit afterwards
     "nothing": (lambda files: None, True),
-    "a newtag": (lambda files: mailtracker.add_tags(files, [(B, "b")], T1), True),
+    "a newtag": (lambda files: mailtracker.add_tags(
+        files, [(B, "b")], mailtracker.Making(T1)), True),
     "the log is moved": (lambda files: os.rename(files.log, files.log + ".1"), True),
     "the register is saved": (lambda files: os.utime(files.register, (1, 1)), False),
     ".bak is saved": (lambda files: os.utime(files.bak, (1, 1)), False),
@@ -177,7 +178,7 @@ FITTING = {  # what happens to the files, and whether the marks fit afterwards
 
 @pytest.mark.parametrize("happens, fits", FITTING.values(), ids=FITTING)
 def test_only_where_the_marks_fit_older_lines_are_not_read(happens, fits, files):
-    mailtracker.add_tags(files, [(A, "ann")], T1)
+    mailtracker.add_tags(files, [(A, "ann")], mailtracker.Making(T1))
     for hits in 1, 2:
         append_events(files, [opened(hits, hits), *[event("x", detail=f"detail {n}")
                                                     for n in range(20)]])
@@ -359,7 +360,7 @@ def test_a_folder_that_cannot_be_written_to_stops_no_counting(tagged, files, tmp
 
 def test_a_full_disk_costs_bounded_memory_and_no_count(small_disk):
     files = Files(str(small_disk / "register.csv"))
-    mailtracker.add_tags(files, [(A, "ann"), (B, "bob")], T1)
+    mailtracker.add_tags(files, [(A, "ann"), (B, "bob")], mailtracker.Making(T1))
     store = mailtracker.Store(files, notify=lambda line: None)
     store.open()
     for hits in range(1, 60_001):

@@ -8,7 +8,8 @@ import pytest
 
 import mailtracker
 from conftest import save, shown
-from mailtracker import Event, TrackerError, add_tags, append_events, settle
+from mailtracker import (
+    Event, Making, TrackerError, add_tags, append_events, settle)
 
 A, B, C = "bcdfghjkmnpqrstvwxz22", "cdfghjkmnpqrstvwxz233", "dfghjkmnpqrstvwxz2344"
 NOON, LATER = "2026-11-20T12:00:00Z", "2026-11-20T20:14:03Z"
@@ -84,7 +85,7 @@ def test_a_hit_changes_its_own_cells_and_a_newtag_only_the_end(dialect, files):
         assert settle(files) and read(files) == bytes_of(dialect, hits)
         assert hits_of(files, A, B) == ["0", str(hits)]
     save(files.register, bytes_of(dialect))
-    add_tags(files, [(C, 'M\xfcller, "x"; |')], NOON)
+    add_tags(files, [(C, 'M\xfcller, "x"; |')], Making(NOON))
     assert read(files).startswith(bytes_of(dialect))
     new = shown(files)[C]
     assert (new["name"], new["created"]) == ('M\xfcller, "x"; |', NOON)
@@ -115,7 +116,7 @@ UNREADABLE = {  # and the line that has to be named
 @pytest.mark.parametrize("text, line", UNREADABLE.values(), ids=UNREADABLE)
 def test_what_cannot_be_read_is_left_alone_and_its_place_told(text, line, files):
     save(files.register, text)
-    for use in settle, shown, lambda files: add_tags(files, [(C, "x")], NOON):
+    for use in settle, shown, lambda files: add_tags(files, [(C, "x")], Making(NOON)):
         with pytest.raises(TrackerError, match=f"^{files.register}, line {line}: "):
             use(files)
     assert read(files) == text.encode("latin-1")
@@ -157,7 +158,7 @@ def test_names_that_look_like_formulas_get_one_apostrophe_and_lose_it(header, fi
     if header:
         save(files.register, header)
     ids = [C[:15] + letter * 3 for letter, _ in zip("bcdfghjkmnpqrstvwxz", NAMES)]
-    add_tags(files, list(zip(ids, NAMES)), NOON)
+    add_tags(files, list(zip(ids, NAMES)), Making(NOON))
     for hits in 1, 2, 3:
         assert [row["name"] for row in shown(files).values()] == NAMES
         log_hit(files, ids[0], hits)
