@@ -3241,6 +3241,13 @@ _HEAD = (b"HTTP/1.1 %d %b\r\n"
          b"%b"
          b"Connection: close\r\n"
          b"\r\n")
+_PAGE = ("<!doctype html><html lang=en><meta charset=utf-8>"
+         "<meta name=viewport content='width=device-width'><title>Unsubscribe</title>"
+         "<style>body{{font:1.2em sans-serif;max-width:30em;margin:4em auto;"
+         "padding:0 1em}}button{{font:inherit;padding:.5em 1em}}</style><p>{}\n")
+_ASKING = _PAGE.format("Do you want no more of these mails?<form method=post>"
+                       "<button>Unsubscribe</button></form>").encode()
+_GRANTED = _PAGE.format("You are unsubscribed: no more of these mails.").encode()
 PIXEL_ANSWER = _HEAD % (200, b"OK", b"image/gif", len(PIXEL), b"") + PIXEL
 
 _STATUS = {200: b"OK", 400: b"Bad Request", 405: b"Method Not Allowed",
@@ -3263,6 +3270,8 @@ _PRIVATE = re.compile(r"127\.|10\.|172\.(?:1[6-9]|2\d|3[01])\.|192\.168\.|169\.2
                       r"|::1$|f[cd]|fe[89ab]", re.I)
 # EAGAIN, and what OpenSSL says for it: want read, want write.
 _NOT_YET = (errno.EAGAIN, 2, 3)
+# Where recipients unsubscribe; with an extension behind it, it is a pixel.
+_UNSUBSCRIBING = re.compile(rb"/u/(%s)$" % _ID.encode())
 _STRAY = re.compile(rb"[^/]{15,80}")  # a path segment that may be a damaged id
 
 MAX_HEAD = 8192      # bytes of a request head; browsers send under 2,000
@@ -3276,11 +3285,11 @@ MAX_CONNECTIONS = 4096  # that wait
 TICK_SECONDS = 1.0
 
 
-def answer(status: int, body: bytes = b"") -> bytes:
-    """Return a whole response in plain text; nothing of the request is repeated."""
+def answer(status: int, body: bytes = b"", kind: bytes = b"text/plain") -> bytes:
+    """Return a whole response; nothing of the request is repeated."""
     body = body or _STATUS[status] + b"\n"
     allow = b"Allow: GET, HEAD\r\n" if status == 405 else b""
-    return _HEAD % (status, _STATUS[status], b"text/plain", len(body), allow) + body
+    return _HEAD % (status, _STATUS[status], kind, len(body), allow) + body
 
 
 def plain_address(address: str) -> str:
@@ -3589,9 +3598,25 @@ class Tracker:
         path = target.partition(b"?")[0]
         if path == b"/health":
             return self._health()
+        if b"/u/" in path and _UNSUBSCRIBING.search(path):
+            return answer(200, _ASKING, b"text/html")  # and nothing has changed
         if is_hit:
             self._record(path, client)
         return PIXEL_ANSWER
+
+    def post(self, target: bytes) -> bytes:
+        """Return the answer to a POST: unsubscribe a recipient (RFC 8058).
+
+        It is the same for every id, known or not.
+        """
+        found = _UNSUBSCRIBING.search(target.partition(b"?")[0])
+        if not found:
+            return answer(405)
+        tag_id = found[1].decode()
+        tag = self._store.find(tag_id)
+        if tag and tag.status != "unsubscribed":
+            self._store.add(Event(utc_text(time.time()), "unsubscribed", tag_id))
+        return answer(200, _GRANTED, b"text/html")
 
     def _read_client(self, headers: bytes, peer: str) -> Optional[Client]:
         """Return who sent a block of header lines; None: not clean, or with a body."""
@@ -3693,14 +3718,20 @@ def handler_class() -> Any:
             """Tell no more than the status: what is wrong is the client's to see."""
             self.reply = answer(405 if code == 501 else 400)
 
-        def do_GET(self) -> None:
-            """Count a hit, or tell the server's health."""
+        def _target(self) -> bytes:
             # Not self.path, which some versions change (gh-87389).
-            target = re.sub(rb"^https?://[^/?#]*", b"", self.raw_requestline.split()[1],
-                            flags=re.I)
+            return re.sub(rb"^https?://[^/?#]*", b"", self.raw_requestline.split()[1],
+                          flags=re.I)
+
+        def do_GET(self) -> None:
+            """Count a hit, tell the server's health, or ask whether to unsubscribe."""
             headers = self.request.partition(b"\r\n")[2]
-            self.reply = self.server.get(target, headers, self.client_address[0],
-                                         self.command == "GET")
+            self.reply = self.server.get(self._target(), headers,
+                                         self.client_address[0], self.command == "GET")
+
+        def do_POST(self) -> None:
+            """Unsubscribe somebody; the body, always the same, is not waited for."""
+            self.reply = self.server.post(self._target())
 
         def do_HEAD(self) -> None:
             """Return the head of what GET would get; never a hit."""
@@ -4039,12 +4070,18 @@ Row = List[str]
 
 TIME_COLUMNS = (*TIMES, "time")  # of registers and logs
 PLAIN_COLUMNS = frozenset(("id", "event", *COUNTS, *TIME_COLUMNS))
-TABLE_COLUMNS = ("id", "name", "hits", "opens", "last_hit", "last_open", "created")
-FILTERS = ("id", "name", "hit", "unhit", "opened", "unopened", "since")
+TABLE_COLUMNS = ("id", "name", "hits", "opens", "last_hit", "last_open")
+FILTERS = ("id", "name", "hit", "unhit", "opened", "unopened", "since", "campaign",
+           "status")
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SUSPECT = frozenset((*_FORMULA_STARTS, "'"))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
+
+
+def is_read(opens: str, status: str) -> bool:
+    """Tell whether somebody has read a mail; an answer proves it as an open does."""
+    return opens != "0" or status == "replied"
 
 
 def wants(options: argparse.Namespace, tag_id: str, name: str, hit: bool, opened: bool,
@@ -4066,9 +4103,17 @@ def wanted_rows(columns: Sequence[str], rows: Iterable[Row],
         return rows
     tag_id, name, hits, opens, last_hit = map(
         columns.index, ("id", "name", "hits", "opens", "last_hit"))
+    campaign, status = cell_of(columns, "campaign"), cell_of(columns, "status")
     return (row for row in rows if wants(
-        options, row[tag_id], row[name], row[hits] != "0", row[opens] != "0",
-        row[last_hit]))
+        options, row[tag_id], row[name], row[hits] != "0",
+        is_read(row[opens], status(row)), row[last_hit])
+        and options.campaign in ("", campaign(row))
+        and options.status in ("", status(row)))
+
+
+def cell_of(columns: Sequence[str], column: str) -> Callable[[Row], str]:
+    """Return a getter for the cell of a column; "" where a register has none."""
+    return itemgetter(columns.index(column)) if column in columns else lambda _: ""
 
 
 def wanted_events(events: Iterable[Event], names: Mapping[str, str],
@@ -4188,22 +4233,28 @@ def tag_lines(columns: Sequence[str], rows: Iterable[Row], limit: Optional[int],
     """Yield a table of at most limit tags, and last what they come to."""
     rows, tags, opened, hits, opens = iter(rows), 0, 0, 0, 0
     own_cells = itemgetter(*map(columns.index, TABLE_COLUMNS))
+    status, created = cell_of(columns, "status"), cell_of(columns, "created")
+    has_mail, states = "status" in columns, dict.fromkeys(STATUSES, 0)
 
     def shown() -> Iterator[Row]:
         nonlocal tags, opened, hits, opens
-        for cells in map(own_cells, islice(rows, limit)):
-            tags, opened = tags + 1, opened + (cells[3] != "0")
+        for row in islice(rows, limit):
+            cells, state = own_cells(row), status(row)
+            states[state] = states.get(state, 0) + 1
+            tags, opened = tags + 1, opened + is_read(cells[3], state)
             hits, opens = hits + int(cells[2]), opens + int(cells[3])
             minutes = (cell[:16].replace("T", " ") for cell in cells[4:6])
+            last = state if has_mail else created(row)[:10]
             yield [short(cells[0], screen), clean(cells[1]), *cells[2:4],
-                   *(clean(cell) or "-" for cell in (*minutes, cells[6][:10]))]
+                   *(clean(cell) or "-" for cell in (*minutes, last))]
 
     heading = ["id", "name", "hits", "opens", f"last hit ({zone})", "last open",
-               "created"]
+               "status" if has_mail else "created"]
     yield from table_lines(heading, shown(), 1, screen)
     left = sum(1 for _ in rows)
     yield f"{f'{tags} of ' * bool(left)}{plural(tags + left, 'tag')}, " \
-        f"{opened} opened, {plural(hits, 'hit')}, {plural(opens, 'open')}"
+        f"{opened} opened, {plural(hits, 'hit')}, {plural(opens, 'open')}" + "".join(
+            f", {states[state]} {state}" for state in STATUSES if states[state])
 
 
 def words(event: Event) -> Tuple[str, str]:
@@ -4239,8 +4290,8 @@ def history_lines(columns: Sequence[str], row: Row, events: Sequence[Event],
         when = shown_time(event.time)
         what, why = words(event)
         yield clean(f"{when}  {what:7}  {REASONS.get(why, why)}")
-        if event.verdict:
-            about = clean(f"{event.address}  {event.detail}".strip())
+        about = clean(f"{event.address}  {event.detail}".strip())
+        if event.verdict or about and event.event not in ("made", "count", "sending"):
             yield cut(" " * (len(when) + 11)
                       + (about or "(nothing kept of the client)"), screen_width())
 
@@ -4252,7 +4303,7 @@ def defused(columns: Sequence[str], rows: Iterable[Row]) -> Iterator[Row]:
     cell comes as it stands there: one with a quote has it already.
     """
     width = len(columns)
-    ours = [n for n, column in enumerate(columns) if column in ("name", "detail")]
+    ours = [n for n, column in enumerate(columns) if column in (*TEXTS, "detail")]
     texts = [n for n, column in enumerate(columns) if column not in PLAIN_COLUMNS]
     for row in rows:
         for n in chain(texts, range(width, len(row))) if len(row) > width else texts:
@@ -4882,7 +4933,8 @@ def _network(text: str) -> Any:
 
 def _template(text: str) -> str:
     path, sample = text if text.startswith("/") else "/" + text, new_ids(bytes(16))[0]
-    if sample.encode() not in ids_in_path(path.replace("{id}", sample).encode()):
+    whole = path.replace("{id}", sample).encode()
+    if sample.encode() not in ids_in_path(whole) or _UNSUBSCRIBING.search(whole):
         raise ValueError
     return path
 
@@ -4966,6 +5018,8 @@ def add_dump(commands: Any) -> None:
     add("--unhit", action="store_true", help="only tags without a hit")
     add("--opened", action="store_true", help="only tags with an open")
     add("--unopened", action="store_true", help="only tags without an open")
+    add("--campaign", metavar="NAME", default="", help="only tags of this mailing")
+    add("--status", choices=STATUSES, default="", help="only tags with this status")
     add("--since", metavar="WHEN", type=moment_argument,
         help="only tags hit since then: 2026-11-01, 3d, 12h")
     add("--sort", metavar="COLUMN", default="", help="in the order of a column")
@@ -5158,8 +5212,9 @@ RULES = (
     ("newtag", "--names-from", "goes without", "--name --count"),
     ("dump", "FILE", "goes without", "--register"),
     ("dump", "--follow", "goes without",
-     "--log --format --sort --reverse --limit --full --unhit --unopened"),
-    ("dump", "--log", "goes without", "--full --unhit --unopened"),
+     "--log --format --sort --reverse --limit --full --unhit --unopened --campaign"
+     " --status"),
+    ("dump", "--log", "goes without", "--full --unhit --unopened --campaign --status"),
     ("dump", "--full", "goes without", "--format"),
     ("dump", "--unhit", "goes without", "--hit --opened --since"),
     ("dump", "--unopened", "goes without", "--opened"),
