@@ -1204,6 +1204,7 @@ class Merger:
         self.columns = [*source.columns, *added]
         self.at = {**source.at, **{c: self.columns.index(c) for c in added}}
         self._own = itemgetter(*(self.at[column] for column in OWN_COLUMNS[:-1]))
+        self._later = [self.at.get(column, -1) for column in ("sent", "status")]
         self.changed = bool(added) or not source.is_headed
         self.dropped = False
         self.unheard: List[Event] = []
@@ -1284,10 +1285,10 @@ class Merger:
     def _says(self, tag_id: str, cells: List[str], log: Tag) -> bool:
         """Tell at a glance that a row says what the log says, as most do."""
         hits, last_hit, opens, last_open, created, sent, status, _ = log
-        return not (sent or status) and len(cells) == len(self.columns) \
-            and self._own(cells) == (
-                tag_id, str(hits), last_hit, str(opens), last_open,
-                created or cells[self.at["created"]])
+        return len(cells) == len(self.columns) and self._own(cells) == (
+            tag_id, str(hits), last_hit, str(opens), last_open,
+            created or cells[self.at["created"]]) and [sent, status] == [
+                cells[at] if at >= 0 else "" for at in self._later]
 
     def _tell(self, tag_id: str, tag: Tag, log: Optional[Tag]) -> None:
         """Note what the log does not know: ids and counts from elsewhere."""
@@ -1345,7 +1346,6 @@ class Merger:
         The many that were never hit share their objects.
         """
         name_at, width = self.at["name"], len(self.columns)
-        later = [self.at.get(column, -1) for column in ("sent", "status")]
         blanks: Dict[Tuple[str, str, str], Tag] = {}
         for cells in self.rows():
             if len(cells) < width:
@@ -1353,7 +1353,7 @@ class Merger:
             tag_id, hits, last_hit, opens, last_open, created = self._own(cells)
             if not is_id(tag_id):
                 continue
-            sent, status = [cells[at] if at >= 0 else "" for at in later]
+            sent, status = [cells[at] if at >= 0 else "" for at in self._later]
             tag = blanks.get((created, sent, status)) if hits == "0" else None
             if not tag:
                 same = last_open == last_hit
