@@ -4342,6 +4342,443 @@ def json_value(column: str, cell: str) -> Any:
 # happens to a mail is an event in the log before the next step is taken.
 
 
+# -- splice: one element into a message, all other bytes as they were -----------
+# Not parsed and written anew, which alters one mail in four, but cut and joined. It is
+# as strangers wrote it: no claim raises, none is recursed into or scanned repeatedly.
+
+OPT_OUT = "X-Mailtracker"
+MOST_PARTS = 1000  # of a message; what comes after them stays in the last
+CLIPPED = 90_000  # bytes of HTML; Gmail shows the first 102 KB or so
+
+# The first line that belongs to no header field; all of it, if it is blank.
+_HEAD_END = re.compile(rb"^(?!From |(?!--)[!-9;-~]+[ \t]*:|[ \t])(?:\r?\n)?", re.M)
+_FIELD = rb"(?im)^(?:%s)[ \t]*:(.*(?:\n[ \t].*)*)\n?"
+_MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+", re.ASCII)
+_PARAMETER = re.compile(
+    r';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;\s]*))', re.DOTALL)
+_ENCODED_WORD = re.compile(  # RFC 2047, with the blanks between two of them
+    r"=\?([\w.:+-]+)(?:\*[\w-]*)?\?([bq])\?([^?]*)\?=(?:\s+(?==\?))?", re.ASCII | re.I)
+_DELIMITER = re.compile(rb"\n--([^\r\n]*)")
+_QUOTED = re.compile(rb"=(?:([0-9A-Fa-f]{2})|\r?\n)")
+_NOT_BASE64 = re.sub(rb"[A-Za-z0-9+/]", b"", bytes(range(256)))
+_ENCODINGS = ("7bit", "8bit", "binary", "quoted-printable", "base64")
+# Charsets in which the byte of an ASCII character may mean something else.
+_STATEFUL = re.compile(r"(cs)?(utf-?(16|32|7)|iso-?2022|hz|ucs|unicode)")
+_NO_CHARSET = re.compile("idna|punycode|escape|undefined|ascii$")
+
+_SEALS = ("DKIM-Signature", "ARC-Seal", "DomainKey-Signature")
+_SEALED_TYPES = {
+    "multipart/signed": "signed",
+    "multipart/encrypted": "encrypted",
+    "application/pgp-encrypted": "encrypted",
+    "application/pkcs7-mime": "signed or encrypted",
+    "application/x-pkcs7-mime": "signed or encrypted",
+    "multipart/report": "a report",
+}
+_BODIES = ("multipart/alternative", "multipart/mixed", "multipart/related")
+_DIFF = re.compile(r"^[> ]*(?:diff -|@@ -\d|\*\*\* \d)", re.M)
+
+# As in HTML5: <!--> is a whole comment, and one that never ends hides the rest.
+_COMMENT = re.compile(r"<!--(?:-?>|.*?(?:--!?>|\Z))", re.DOTALL)
+_BODY = re.compile(r"<body\b", re.I | re.ASCII)
+_TAG_END = re.compile(r"""[^>"']*(?:(?:"[^"]*"|'[^']*')[^>"']*)*>""")
+_ENDS = re.compile(r"</(body|html)\b", re.I | re.ASCII)
+_IMAGE = re.compile(r"<img\b[^<>]*>", re.I | re.ASCII)
+_SOURCE = re.compile(
+    r"""(?<![\w-])src\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""", re.I | re.ASCII)
+
+
+class Part(NamedTuple):
+    """One part of a message, and where in its bytes it stands."""
+
+    head: bytes  # the header block as it stands, without the blank line
+    start: int  # of the body
+    end: int
+    type: str  # such as text/html, in lower case
+    parents: Tuple[str, ...]  # the types of the multiparts around it, outermost first
+    at: int  # where the head begins
+
+
+def split(raw: bytes) -> List[Part]:
+    """Return the parts of a message in document order, multiparts before their parts.
+
+    There is at least one, and at most MOST_PARTS; message/* is not looked into.
+    """
+    parts = [_part_at(raw, 0)]
+    path = [0]  # the numbers of the parts that are open, outermost first
+    levels = _boundary(parts[0], 0)  # where in the path the owner of a boundary is
+    for line in _DELIMITER.finditer(raw) if levels else ():
+        name = line[1].rstrip(b" \t")
+        is_last = name not in levels and name.endswith(b"--")
+        level = levels.get(name[:-2] if is_last else name)
+        if level is None:
+            continue
+        end = line.start() - (raw[line.start() - 1:line.start()] == b"\r")
+        for number in path[level + 1:]:  # the delimiter may own what ended a head
+            start = min(parts[number].start, end)
+            parts[number] = parts[number]._replace(start=start, end=end)
+        del path[level + 1:]
+        levels = {b: own for b, own in levels.items() if own < level + 1 - is_last}
+        if len(parts) == MOST_PARTS:
+            break
+        if not is_last:
+            path.append(len(parts))
+            parts.append(_part_at(raw, raw.find(b"\n", line.end()) + 1 or len(raw),
+                                  parts[path[level]]))
+            levels.update(_boundary(parts[-1], level + 1))
+    return parts
+
+
+def _part_at(raw: bytes, at: int, outer: Optional[Part] = None) -> Part:
+    """Return the part whose head begins there, as if it went on to the end."""
+    found = _HEAD_END.search(raw, at)
+    stop, start = found.span() if found else (len(raw), len(raw))
+    kind = _MEDIA_TYPE.match(field(raw[at:stop], "Content-Type"))
+    is_mail = outer is not None and outer.type == "multipart/digest"
+    return Part(raw[at:stop], start, len(raw), kind[0].lower() if kind else
+                "message/rfc822" if is_mail else "text/plain",
+                (*outer.parents, outer.type) if outer else (), at)
+
+
+def _boundary(part: Part, level: int) -> Dict[bytes, int]:
+    """Return the boundary of a multipart, with its level; nothing for other parts."""
+    text = _type_parameters(part).get("boundary", "").rstrip()
+    if not text or not part.type.startswith("multipart/"):
+        return {}
+    return {text.encode("utf-8", "surrogateescape"): level}
+
+
+def fields(head: bytes, name: str) -> List[str]:
+    """Return the values of a header field, unfolded."""
+    return [re.sub(rb"\r?\n", b"", value).decode("utf-8", "surrogateescape").strip()
+            for value in re.findall(_FIELD % name.encode(), head)]
+
+
+def field(head: bytes, name: str) -> str:
+    """Return the first value of a header field; empty for none."""
+    return next(iter(fields(head, name)), "")
+
+
+def parameters(value: str) -> Dict[str, str]:
+    """Return the parameters of a header field such as Content-Type; lower-case names.
+
+    The first of a name counts.
+    """
+    return {name.lower(): re.sub(r"\\(.)", r"\1", quoted) or bare.strip('"')
+            for name, quoted, bare in reversed(_PARAMETER.findall(value))}
+
+
+def _type_parameters(part: Part) -> Dict[str, str]:
+    """Return the parameters of a part's type."""
+    return parameters(field(part.head, "Content-Type"))
+
+
+def decoded_words(value: str) -> str:
+    """Return the value of a header field with its encoded words (RFC 2047) decoded."""
+    def decoded(word: re.Match[str]) -> str:
+        charset, form, text = word.groups()
+        coding = "base64" if form in "bB" else "quoted-printable"
+        data = text.replace("_", " ").encode("utf-8", "surrogateescape")
+        return _payload(data, coding).decode(_codec(charset.lower()), "replace")
+    return _ENCODED_WORD.sub(decoded, value)
+
+
+def is_attachment(part: Part) -> bool:
+    """Tell whether a part is a file rather than text of the message."""
+    value = field(part.head, "Content-Disposition")
+    return value.partition(";")[0].strip().lower() not in ("", "inline") \
+        or any(name.startswith("filename") for name in parameters(value))
+
+
+def part_text(raw: bytes, part: Part) -> str:
+    """Return the text of a leaf; what cannot be decoded is replaced."""
+    coding, charset = _coding(part)
+    return _payload(raw[part.start:part.end], coding).decode(_codec(charset), "replace")
+
+
+def _coding(part: Part) -> Tuple[str, str]:
+    """Return the transfer encoding and the charset that a part says it has."""
+    charset = _type_parameters(part).get("charset", "us-ascii")
+    return field(part.head, "Content-Transfer-Encoding").lower() or "7bit", \
+        charset.strip().lower()
+
+
+def _codec(charset: str) -> str:
+    """Return a charset if Python knows it; else, and for ASCII, UTF-8."""
+    with suppress(LookupError, ValueError):
+        if not _NO_CHARSET.search(charset):
+            "".encode(charset)
+            return charset
+    return "utf-8"
+
+
+def _payload(data: bytes, coding: str) -> bytes:
+    """Return a body without its transfer encoding, as far as that can be undone."""
+    from binascii import a2b_base64, a2b_qp
+
+    if coding != "base64":
+        return a2b_qp(data) if coding == "quoted-printable" else data
+    letters = data.partition(b"=")[0].translate(None, _NOT_BASE64)
+    return a2b_base64(letters[:len(letters) - (len(letters) % 4 == 1)] + b"==")
+
+
+def _transferred(data: bytes, coding: str, eol: bytes) -> bytes:
+    """Return a body in a transfer encoding."""
+    from base64 import encodebytes
+    from binascii import b2a_qp
+
+    if coding not in ("base64", "quoted-printable"):
+        return data
+    encoded = encodebytes(data) if coding == "base64" else b2a_qp(data)
+    return re.sub(rb"\r?\n", eol, encoded)
+
+
+def _eol(raw: bytes) -> bytes:
+    """Return the line end of a message."""
+    return b"\n" if re.match(rb"[^\r\n]*\n", raw) else b"\r\n"
+
+
+def edited(raw: bytes, part: Part, edit: Callable[[str], str]) -> bytes:
+    """Return a message with the text of a leaf edited, all else as it was.
+
+    The leaf, if it changes, becomes UTF-8 in quoted-printable, which hold any text.
+    Edit the last one first: the parts before it stay where they are.
+    """
+    old, eol = part_text(raw, part), _eol(raw)
+    text = edit(old)
+    if text == old:
+        return raw
+    kind = {**_type_parameters(part), "charset": "utf-8"}
+    value = "; ".join([part.type, *(f'{name}="{kind[name]}"' for name in kind)])
+    head = without_field(part.head, "Content-(?:Type|Transfer-Encoding|MD5)")
+    head += eol.join([
+        b"Content-Type: " + value.encode("utf-8", "surrogateescape"),
+        b"Content-Transfer-Encoding: quoted-printable", b"", b""])
+    return raw[:part.at] + head + _transferred(
+        text.encode("utf-8", "replace"), "quoted-printable", eol) + raw[part.end:]
+
+
+def with_pixel(raw: bytes, tag: str, is_ours: Callable[[str], bool]
+               ) -> Tuple[bytes, str]:
+    """Return a message with a tag in its HTML; or the very same, and why, in words.
+
+    The tag is an <img> element in ASCII. Images whose src is ours are taken out: they
+    came with the mail that is quoted.
+    """
+    parts = split(raw)
+    part = _html_part(parts)
+    why = _sealed(raw, parts) or (
+        _unfit(raw, part) if part else
+        "plain text" if "text/plain" in {found.type for found in parts} else "no HTML")
+    if why or not part:
+        return raw, why
+    body, eol = raw[part.start:part.end], _eol(raw)
+    gap = b"" if body else eol  # the blank line before it may be the delimiter's
+    body = _tagged(body, _coding(part), tag, is_ours, eol)
+    new = raw[:part.start] + gap + body + raw[part.end:]
+    # A line that was cut may have become a delimiter.
+    if split(new)[parts.index(part)].end - len(new) != part.end - len(raw):
+        return raw, "damaged multipart"
+    return new, ""
+
+
+def _html_part(parts: Sequence[Part]) -> Optional[Part]:
+    """Return the first HTML that is no file and no companion of another part."""
+    barred: List[Tuple[int, int]] = []
+    for part in parts:
+        if any(start <= part.at < end for start, end in barred):
+            continue
+        is_strange = part.type.startswith("multipart/") and part.type not in _BODIES
+        if is_strange or is_attachment(part):
+            barred.append((part.at, part.end))
+        elif part.type == "multipart/related":
+            root = _root(part, parts)
+            barred += [(part.at, root.at), (root.end, part.end)]
+        elif part.type == "text/html":
+            return part
+    return None
+
+
+def _root(related: Part, parts: Iterable[Part]) -> Part:
+    """Return the part of a multipart/related that its others serve (RFC 2387)."""
+    inner = [part for part in parts if related.at < part.at < related.end
+             and len(part.parents) == len(related.parents) + 1]
+    start = _type_parameters(related).get("start")
+    named = [part for part in inner if field(part.head, "Content-ID") == start]
+    return [*named, *inner, related][0]
+
+
+def _sealed(raw: bytes, parts: Sequence[Part]) -> str:
+    """Return why no byte of a message may change; empty if one may."""
+    head = parts[0].head
+    if any(fields(head, name) for name in _SEALS):
+        return "signed"
+    if not re.match(r"(no\b|\Z)", field(head, "Auto-Submitted"), re.I):
+        return "sent by a program"
+    if len(parts) == MOST_PARTS:
+        return "too many parts"
+    return next(filter(None, (_seal(raw, part) for part in parts)), "")
+
+
+def _seal(raw: bytes, part: Part) -> str:
+    """Return why a part forbids any change in its message; empty if it does not."""
+    if part.type == "text/calendar" and "method" in _type_parameters(part):
+        return "an invitation"
+    if part.type.startswith("text/") and not is_attachment(part) and b"-----BEGIN PGP" \
+            in _payload(raw[part.start:part.end], _coding(part)[0]):
+        return "signed or encrypted"
+    return _SEALED_TYPES.get(part.type, "")
+
+
+def _unfit(raw: bytes, part: Part) -> str:
+    """Return why a leaf cannot be changed without harm; empty if it can."""
+    from binascii import b2a_base64
+
+    (coding, charset), body = _coding(part), raw[part.start:part.end]
+    data, codec = _payload(body, coding), _byte_codec(charset)
+    if fields(part.head, "Content-MD5"):
+        return "signed"
+    if coding not in _ENCODINGS:
+        return "unknown transfer encoding"
+    if coding == "base64" and b2a_base64(data, newline=False) != b"".join(body.split()):
+        return "damaged base64"
+    with suppress(LookupError, ValueError):
+        if codec == "latin-1" or coding != "quoted-printable" and (
+                data.decode(codec).encode(codec) == data):
+            return ""
+    return "charset that cannot be edited"
+
+
+def _byte_codec(charset: str) -> str:
+    """Return a codec that keeps all bytes, and in which ASCII is ASCII."""
+    return charset if _STATEFUL.match(charset) else "latin-1"
+
+
+def _tagged(body: bytes, coding: Tuple[str, str], tag: str,
+            is_ours: Callable[[str], bool], eol: bytes) -> bytes:
+    """Return the body of an HTML part with a tag in it and no images of ours."""
+    (transfer, charset), end = coding, eol.decode()
+    codec = _byte_codec(charset)
+    if transfer != "quoted-printable":
+        html = _payload(body, transfer).decode(codec)
+        html = _spliced(html, _edits(html, tag, is_ours), end, end)
+        return _transferred(html.encode(codec), transfer, eol)
+    data, origin = _unquoted(body)
+    tag = _transferred(tag.encode(), transfer, eol).decode()
+    edits = [(origin(start), origin(stop), new)
+             for start, stop, new in _edits(data.decode(codec), tag, is_ours)]
+    return _spliced(body.decode(codec), edits, end, "=" + end).encode(codec)
+
+
+def _unquoted(data: bytes) -> Tuple[bytes, Callable[[int], int]]:
+    """Return quoted-printable decoded, and where in it a decoded byte comes from."""
+    pieces, at, size = [], [0], [0]
+    for code in _QUOTED.finditer(data):
+        pieces += [data[at[-1]:code.start()], bytes.fromhex((code[1] or b"").decode())]
+        size.append(size[-1] + len(pieces[-2]) + len(pieces[-1]))
+        at.append(code.end())
+
+    def origin(place: int) -> int:
+        number = bisect_right(size, place) - 1
+        return at[number] + place - size[number]
+    return b"".join([*pieces, data[at[-1]:]]), origin
+
+
+def _edits(html: str, tag: str, is_ours: Callable[[str], bool]
+           ) -> List[Tuple[int, int, str]]:
+    """Return what to change in HTML: from, up to, and what stands there instead."""
+    from html import unescape
+
+    place = _place(html)
+    edits = [(place, place, tag)]
+    for image in _IMAGE.finditer(html):
+        source = _SOURCE.search(image[0])
+        if source and is_ours(unescape(source[source.lastindex or 0])):
+            edits.append((*image.span(), ""))
+    return sorted(edits)
+
+
+def _place(html: str) -> int:
+    """Return where a tag belongs: where the text ends; where it begins if it is long.
+
+    The end is before the last </body>, or else </html>, that is in no comment.
+    """
+    shown = _COMMENT.sub(lambda comment: " " * len(comment[0]), html)
+    if len(html) > CLIPPED:
+        body = _BODY.search(shown)
+        begun = _TAG_END.match(shown, body.end()) if body else None
+        return begun.end() if begun else 0
+    ends = {end[1].lower(): end.start() for end in _ENDS.finditer(shown)}
+    return ends.get("body", ends.get("html", len(shown.rstrip(" \t\r\n\f"))))
+
+
+def _spliced(text: str, edits: Iterable[Tuple[int, int, str]], eol: str, soft: str
+             ) -> str:
+    """Return a text with edits made, and no line longer than it was.
+
+    What goes in gets lines of its own, by soft line breaks where something follows.
+    """
+    pieces, done = [], 0
+    for start, stop, new in edits:
+        if new:
+            new = (soft if text[start:start + 1].strip() else eol) + new + soft
+        elif "\n" in text[start:stop]:
+            new = soft
+        pieces += [text[done:start], new]
+        done = stop
+    return "".join([*pieces, text[done:]])
+
+
+def make_html(raw: bytes) -> bytes:
+    """Return a message that is plain text with the same as HTML beside it.
+
+    It is the very same if it is anything else, signed, a patch or sent by a program.
+    """
+    from hashlib import blake2b
+    from html import escape
+
+    parts, eol = split(raw), _eol(raw)
+    part, text = parts[0], part_text(raw, parts[0])
+    if part.type != "text/plain" or not part.head.endswith(b"\n") \
+            or is_attachment(part) or "\ufffd" in text or _is_patch(part, text) \
+            or _sealed(raw, parts) or _unfit(raw, part):
+        return raw
+    html = f'<div style="white-space:pre-wrap">{escape(text)}</div>'.encode()
+    mark = b"--=_" + blake2b(raw, digest_size=16).hexdigest().encode()
+    return without_field(part.head, "MIME-Version|Content-[!-9;-~]+") + eol.join([
+        b"MIME-Version: 1.0",
+        b'Content-Type: multipart/alternative; boundary="%s"' % mark[2:], b"", mark,
+        without_field(part.head, "(?!Content-)[!-9;-~]+"), raw[part.start:part.end],
+        mark, b"Content-Type: text/html; charset=utf-8",
+        b"Content-Transfer-Encoding: quoted-printable", b"",
+        _transferred(html, "quoted-printable", eol), mark + b"--", b""])
+
+
+def _is_patch(part: Part, text: str) -> bool:
+    """Tell whether a text is for programs and reviewers, who want it plain."""
+    return field(part.head, "X-Mailer").startswith("git-send-email") \
+        or _DIFF.search(text) is not None
+
+
+def wants_no_pixel(raw: bytes) -> bool:
+    """Tell whether the sender asked for no pixel: X-Mailtracker: no."""
+    return field(_part_at(raw, 0).head, OPT_OUT).lower() == "no"
+
+
+def without_field(raw: bytes, name: str) -> bytes:
+    """Return a message without the header fields whose name matches a pattern."""
+    head = _part_at(raw, 0).head
+    return re.sub(_FIELD % name.encode(), b"", head) + raw[len(head):]
+
+
+def with_header_lines(raw: bytes, lines: Iterable[str]) -> bytes:
+    """Return a message with lines, given without their ends, before its header."""
+    eol = _eol(raw)
+    gap = b"" if _part_at(raw, 0).start else eol  # else text would become header
+    return b"".join(line.encode("utf-8", "surrogateescape") + eol for line in lines) \
+        + gap + raw
+
+
 # -- the smarthost: a mail server that takes our mail ---------------------------
 
 CONNECT_SECONDS = 30.0
