@@ -8,6 +8,7 @@ Make a tag, paste it into a mail, and let the server count its fetches:
 
     mailtracker.py server                        serve pixels, count hits
     mailtracker.py newtag --name john --server t.example.org
+    mailtracker.py send news.html people.csv     send a mail with a pixel to each
     mailtracker.py dump                          show the register
     mailtracker.py dump --id 7hq2vxw             show one tag with its history
     mailtracker.py rejudge --dry-run             judge old hits by today's rules
@@ -4838,6 +4839,7 @@ class Smarthost:
 
     def _connect(self) -> Tuple[int, bytes]:
         import smtplib
+        import socket
         import ssl
 
         where, user = (self.host, self.port, self._name), self.login[0]
@@ -4849,6 +4851,8 @@ class Smarthost:
             smtp = smtplib.SMTP(*where, timeout=CONNECT_SECONDS)
         self._smtp, self._handed = smtp, 0
         smtp.sock.settimeout(REPLY_SECONDS)
+        # Else the dot waits 40 ms for the server to confirm what stands before it.
+        smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         smtp.ehlo_or_helo_if_needed()
         is_near = is_loopback(smtp.sock.getpeername()[0])
         if self.port != 465 and smtp.has_extn("starttls") and (user or not is_near):
@@ -5016,6 +5020,637 @@ def smarthost_of(options: argparse.Namespace) -> Smarthost:
                      lambda: password_from(options.password_command), options.auth)
 
 
+# -- send: a mail of its own for each person of a list --------------------------
+
+EMAIL_TITLES = ("email", "e-mail", "mail", "address")  # the first that is there
+TEMPLATE_FIELDS = ("Subject", "From", "Reply-To", "Attach")
+RETRIES = (60.0, 300.0, 900.0)  # seconds until a mail that was put off is due again
+TROUBLE = (30.0, 120.0, 600.0)  # seconds of rest after a connection that broke
+MOST_REFUSED = 3                # mails in a row; then it must be us that is refused
+
+_ADDRESS = r"([\w.!#$%&'*+/=?^`{|}~-]{1,64})@([^@:]{1,253})"
+_PLACEHOLDER = re.compile(
+    r"(?is:<style\b.*?</style\s*>)|"
+    r"\{(?:(\{)\s*)?([^\W\d_][\w\s.-]*?)\s*(?::([^{}|]*))?(?:\|([^{}]*))?\}(?(1)\})")
+_LINE_END = re.compile(r"\r\n?|\n")
+# What goes of a saved mail's header, as most of it tells of the way that it went.
+_DROPPED = r"(?!(?:Reply-To|Importance|(?:X-)?Priority|Organization" \
+    r"|Disposition-Notification-To)[ \t]*:)[!-9;-~]+"
+
+Problems = Dict[str, List[int]]  # what is wrong, and in which rows of the list
+
+
+def matching(pattern: str, text: str) -> re.Match[str]:
+    """Return how an ASCII pattern matches the whole of a text, or raise ValueError."""
+    found = re.fullmatch(pattern, text.strip(), re.ASCII)
+    if not found:
+        raise ValueError
+    return found
+
+
+def address_in(text: str) -> str:
+    """Return a mail address with an ASCII domain; raise ValueError for anything else.
+
+    What stands before the @ is ASCII as well: few servers take more (RFC 6531).
+    """
+    user, domain = matching(_ADDRESS, text).groups()
+    host = domain.encode("idna").decode().lower()
+    return f"{user}@{matching(_HOST.pattern, host)[0]}"
+
+
+def mailbox_in(text: str) -> Tuple[str, str]:
+    """Return name and address of 'Ann <ann@x.org>'; raise ValueError for neither."""
+    found = matching(r'"?([^"<>]*?)"?\s*<([^<>]*)>|\S*', text)
+    return found[1] or "", address_in(found[2] or found[0])
+
+
+# The email package encodes long ids, drops the quotes around names, and makes new
+# fields of some values (CVE-2024-6923): so these four write the header.
+
+
+def header(name: str, value: str) -> str:
+    """Return a header field, folded, of an ASCII value; none for an empty one."""
+    from textwrap import fill
+
+    return fill(value, 78, initial_indent=f"{name}: ", subsequent_indent=" ",
+                break_long_words=False, break_on_hyphens=False
+                ).replace("\n", "\r\n") + "\r\n" * bool(value)
+
+
+def header_text(text: str) -> str:
+    """Return text as the value of a header field, in encoded words where it must."""
+    words = filter(None, one_line(text).split(" "))
+    return " ".join(_encoded(" ".join(run)) if is_odd else " ".join(run)
+                    for is_odd, run in groupby(words, _is_odd))
+
+
+def header_mailbox(name: str, address: str) -> str:
+    """Return a name and an address as the value of a header field."""
+    name = " ".join(filter(None, one_line(name).split(" ")))
+    quoted = '"%s"' % re.sub(r'([\\"])', r"\\\1", name)
+    return f"{_encoded(name) if _is_odd(name) else quoted} <{address}>" if name \
+        else address
+
+
+def _is_odd(word: str) -> bool:
+    return not word.isascii() or "=?" in word or len(word) > 200
+
+
+def _encoded(text: str) -> str:
+    from binascii import b2a_base64
+
+    return " ".join("=?utf-8?b?%s?=" % b2a_base64(
+        piece.encode(), newline=False).decode()
+        for piece in re.findall(".{1,10}", text))  # 40 bytes, 56 letters at most
+
+
+def filled(text: str, cells: Mapping[str, str], escaped: Callable[[str], str],
+           wrong: Callable[[str], object] = len) -> str:
+    """Return text with placeholders replaced: {Name}, {{Name}}, {Name|default}.
+
+    A format follows a colon, for a number or a date: {Amount:,.2f}, {Date:%d.%m.%Y}.
+    Cells are by their titles in lower case. What is wrong is told.
+    """
+    def value(found: re.Match[str]) -> str:
+        _, name, form, default = found.groups()
+        if not name:
+            return found[0]
+        title = " ".join(name.lower().split())
+        cell = cells.get(title, "").strip()
+        if title not in cells:
+            wrong(f"{found[0]}: no such column{nearest(title, cells)}")
+        elif not cell and default is None:
+            wrong(f"{title} is empty: fill it in, or write {{{name}|default}}")
+        elif cell and form:
+            try:
+                cell = _formatted(cell, form)
+            except (ValueError, ArithmeticError):
+                wrong(f"{found[0]} wants a number such as 1234.5, or a date such as "
+                      "2026-11-24")
+        return escaped(_LINE_END.sub("\r\n", cell)) if cell else default or ""
+    return _PLACEHOLDER.sub(value, text)
+
+
+def _formatted(cell: str, form: str) -> str:
+    from datetime import datetime
+    from decimal import Decimal
+
+    return datetime.fromisoformat(cell).strftime(form) \
+        if re.search("%[A-Za-z]", form) else format(Decimal(cell), form)
+
+
+def _as_html(text: str) -> str:
+    from html import escape
+
+    return escape(text).replace("\r\n", "<br>\r\n")
+
+
+def _as_file_name(text: str) -> str:
+    return re.sub(r"[/\0]|\.\.", "_", text)  # a cell must not lead out of the folder
+
+
+_SILENT = ("style", "script", "head", "title")
+_BREAKS = {"br": "\n", "li": "\v- ", "td": "\t", "th": "\t", "blockquote": "\n\n\1",
+           **dict.fromkeys(("div", "tr", "ul", "ol", "table"), "\v"),
+           **dict.fromkeys(("p", "h1", "h2", "h3", "h4", "h5", "h6", "hr"), "\n\n")}
+
+
+def plain_text_of(html: str) -> str:
+    """Return what HTML says to people whose mail program shows only text."""
+    from html.parser import HTMLParser
+
+    class Reader(HTMLParser):
+        """Gather pieces of text; 1 and 2 stand around quotations."""
+
+        silence, link = 0, ("", 0)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.pieces: List[str] = []
+
+        def handle_starttag(self, tag: str, attrs: List[Any]) -> None:
+            self.silence = 0 if tag == "body" else self.silence + (tag in _SILENT)
+            self.pieces += [_BREAKS.get(tag, ""), dict(attrs).get("alt") or ""]
+            if tag == "a":
+                self.link = dict(attrs).get("href") or "", len(self.pieces)
+
+        def handle_endtag(self, tag: str) -> None:
+            self.silence = max(0, self.silence - (tag in _SILENT))
+            (link, start), end = self.link, _BREAKS.get(tag, "")
+            said = "".join(self.pieces[start:]).strip()
+            if tag == "a" and link[:1] not in ("", "#") \
+                    and said not in (link, link[len("mailto:"):]):
+                self.pieces.append(f" <{link}>")
+            self.pieces.append("\2\n\n" if tag == "blockquote" else
+                               end if not end.strip("\n\v") else "")
+
+        def handle_data(self, data: str) -> None:
+            self.pieces.append("" if self.silence else re.sub(r"[\s\xa0]+", " ", data))
+
+    reader, lines, depth = Reader(), [], 0
+    reader.feed(re.sub(r"(?s)<!\[.*?>", "", html))  # <![if !mso]>
+    reader.close()
+    text = re.sub(r"\s+(?=\x02)|(?<=\x01)\s+", "", "".join(reader.pieces).strip())
+    text = re.sub(r"\s*[\n\v]\s*", lambda run: "\n" * min(
+        2, run[0].count("\n") + ("\v" in run[0])), text)
+    for line in text.replace("\t", "  ").split("\n"):
+        depth += line.count("\1")
+        lines.append("> " * depth + line.strip("\1\2 "))
+        depth -= line.count("\2")
+    return "\n".join(lines) + "\n"
+
+
+class Recipient(NamedTuple):
+    """A person of the list, and the mail that is for them."""
+
+    row: int
+    name: str
+    address: str
+    cells: Dict[str, str]  # by title in lower case
+    id: str = ""           # of its tag, as soon as there is one
+    earlier: str = ""      # the Message-ID of the mail that it follows
+
+    @property
+    def key(self) -> str:
+        """What is the same for all ways to write the address."""
+        return self.address.casefold()
+
+
+class Template:
+    """A mail with placeholders: text behind a few header lines, or a saved .eml."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._attached = path, []  # type: str, List[str]
+        self.name = os.path.splitext(os.path.basename(path))[0]
+        with open(path, "rb") as file:
+            raw = re.sub(rb"\A(?:\xef\xbb\xbf|From .*\n)", b"", file.read())
+        raw = re.sub(rb"\r\n?|\n", b"\r\n", raw)
+        head = split(raw)[0].head
+        self._subject, self.sender = (
+            decoded_words(field(head, name)) for name in ("Subject", "From"))
+        if not path.lower().endswith(".eml"):
+            self._attached = fields(head, "Attach")
+            raw = self._mail(head, raw)
+        if not self._subject:
+            raise TrackerError(f"{path}: no Subject; it begins so: Subject: Hello, "
+                               "a blank line, the text")
+        self._raw, self._leaves = raw, [
+            part for part in split(raw) if not is_attachment(part)
+            and part.type in ("text/plain", "text/html")]
+        self.has_html = any(part.type == "text/html" for part in self._leaves)
+
+    def _mail(self, head: bytes, raw: bytes) -> bytes:
+        """Return a mail with the text of a template, and as text what is HTML."""
+        for name in re.findall(r"(?m)^([!-9;-~]+)[ \t]*:", head.decode("latin-1")):
+            if name.title() not in TEMPLATE_FIELDS:
+                raise TrackerError(f"{self._path}: no field {name} in a template"
+                                   f"{nearest(name.title(), TEMPLATE_FIELDS)}")
+        try:
+            text = raw[len(head):].decode().strip() + "\r\n"
+        except UnicodeDecodeError:
+            raise TrackerError(f"{self._path} is not UTF-8; save it so") from None
+        reply_to = header("Reply-To", header_text(field(head, "Reply-To"))).encode()
+        return reply_to + (_multipart("alternative", [
+            _text_part("plain", plain_text_of(text)), _text_part("html", text)])
+            if text[0] == "<" else _text_part("plain", text))
+
+    def message(self, lines: str, cells: Mapping[str, str],
+                wrong: Callable[[str], object]) -> bytes:
+        """Return a mail that begins with some header lines; tell what is wrong."""
+        raw, files = self._raw, []
+        for part in reversed(self._leaves):
+            escaped = _as_html if part.type == "text/html" else str
+            raw = edited(raw, part, lambda text: filled(text, cells, escaped, wrong))
+        for name in self._attached:
+            files.append(os.path.join(os.path.dirname(self._path), filled(
+                name, cells, _as_file_name, wrong)))
+            if not os.path.isfile(files[-1]):
+                wrong(f"no such file: {files.pop()}")
+        head, start = split(raw)[0][:2]
+        content = without_field(head, "(?!Content-)[!-9;-~]+") + b"\r\n" + raw[start:]
+        subject = header("Subject", header_text(filled(
+            self._subject, cells, str, wrong)))
+        kept = without_field(head, _DROPPED)
+        return b"".join((lines.encode(), subject.encode(), kept,
+                         b"MIME-Version: 1.0\r\n", _multipart("mixed", [
+                             content, *map(_file_part, files)]) if files else content))
+
+
+def _text_part(kind: str, text: str) -> bytes:
+    return b"Content-Type: text/%b; charset=utf-8\r\n" \
+        b"Content-Transfer-Encoding: quoted-printable\r\n\r\n%b" % (
+            kind.encode(), _transferred(_LINE_END.sub("\r\n", text).encode(),
+                                        "quoted-printable", b"\r\n"))
+
+
+def _multipart(kind: str, parts: Sequence[bytes]) -> bytes:
+    mark = b"--=_" + kind.encode()  # neither base64 nor quoted-printable has =_
+    return b'Content-Type: multipart/%b; boundary="%b"\r\n\r\n%b\r\n%b--\r\n' % (
+        kind.encode(), mark[2:], b"\r\n".join(
+            mark + b"\r\n" + part for part in parts), mark)
+
+
+@lru_cache(maxsize=8)
+def _file_part(path: str) -> bytes:
+    """Return a file as a part of a mail."""
+    from mimetypes import guess_type
+    from urllib.parse import quote
+
+    kind, packed = guess_type(path)
+    if not kind or packed or kind.startswith("message/"):  # which is never in base64
+        kind = "application/octet-stream"
+    name = quote(os.fsencode(os.path.basename(path)), safe="")
+    with open(path, "rb") as file:
+        return (f"Content-Type: {kind}\r\nContent-Transfer-Encoding: base64\r\n"
+                f"Content-Disposition: attachment;\r\n filename*=utf-8''{name}\r\n\r\n"
+                ).encode() + _transferred(file.read(), "base64", b"\r\n")
+
+
+def mail_lines(raw: bytes) -> Iterator[str]:
+    """Yield a mail as a person would read it, and what else is in it."""
+    parts = split(raw)
+    for name in ("From", "To", "Subject", "List-Unsubscribe"):
+        yield f"{name}: {decoded_words(field(parts[0].head, name)) or '-'}"
+    texts = {part.type: part_text(raw, part) for part in reversed(parts)}
+    yield from ("", *_LINE_END.split(texts.get("text/plain") or plain_text_of(
+        texts.get("text/html", ""))))
+    yield from (f"[{part.type}, {part.end - part.start} bytes]" for part in parts
+                if not part.type.startswith("multipart/"))
+
+
+def recipients(path: str, where: Sequence[Tuple[str, str]], problems: Problems
+               ) -> List[Recipient]:
+    """Return the people of a CSV file for whom column = glob holds, each once."""
+    from fnmatch import fnmatchcase
+
+    source, path = (0, "standard input") if path == "-" else (path, path)
+    table = Table(source, path, strict=True)
+    titles = [" ".join(title.lower().split()) for title in table.columns]
+    at = next((title for title in EMAIL_TITLES if title in titles), "email")
+    for title in {at, *(title for title, _ in where)}.difference(titles):
+        raise TrackerError(f"{path} has no column {title}{nearest(title, titles)}")
+    found: Dict[str, Recipient] = {}
+    twice = []
+    for row, (_, texts) in enumerate(table, 2):
+        cells = dict(zip(titles, map(text_in, texts)))
+        if len(texts) != len(titles) and any(texts):
+            problems.setdefault(f"not {plural(len(titles), 'cell')}", []).append(row)
+        elif any(texts) and all(fnmatchcase(cells[title].lower(), glob)
+                                for title, glob in where):
+            try:
+                who = Recipient(row, one_line(cells.get("name", "").strip()),
+                                address_in(cells[at]), cells)
+                twice += [row] * (found.setdefault(who.key, who) is not who)
+            except ValueError:
+                problems.setdefault(f"no address: {cells[at]}", []).append(row)
+    if twice:
+        note(f"{plural(len(twice), 'row')} left out, the first is row {twice[0]}: "
+             "the address stands further up as well")
+    return list(found.values())
+
+
+class Mailing:
+    """What makes the mails: templates, the sender, and where pixels are served."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        text = options.template
+        self._templates = [Template(path) for path in (
+            [text] if os.path.exists(text) else text.split(","))]
+        name = options.campaign or "+".join(one.name for one in self._templates)
+        self.campaign = clean(one_line(name).strip())
+        self.columns = ("id", "name", "email", "campaign", "variant")[
+            :5 if self._templates[1:] else 4]
+        server = options.server or os.environ.get("MAILTRACKER_SERVER", "")
+        if not server and any(one.has_html for one in self._templates):
+            raise TrackerError("say --server HOST: where mail programs fetch the pixel")
+        self._base = base_url(server) if server else ""
+        self._link = options.unsubscribe or (
+            self._base + "/u/{id}" if self._base.startswith("https:") else "")
+        self._bounces = options.bounce_address or "{user}@{domain}"
+        try:
+            self._sender = options.sender or mailbox_in(self._templates[0].sender)
+            self._user, self.domain = str(self._sender[1]).split("@")
+            address_in(self.envelope("b" * ID_LENGTH))
+        except ValueError:
+            raise TrackerError("say --from 'Ann <ann@x.org>', and for --bounce-address "
+                               "an address such as '{user}+{id}@{domain}'") from None
+
+    def _template(self, who: Recipient) -> Template:
+        return self._templates[int(hash_of(who.key), 16) % len(self._templates)]
+
+    def row(self, who: Recipient) -> Sequence[str]:
+        """Return the texts of a mail's tag, for the columns."""
+        return (who.id, who.name, who.address, self.campaign,
+                self._template(who).name)[:len(self.columns)]
+
+    def envelope(self, tag_id: str) -> str:
+        """Return the address to which a mail bounces."""
+        words = {"user": self._user, "domain": self.domain, "id": tag_id}
+        return re.sub(r"\{(user|domain|id)\}", lambda word: words[word[1]],
+                      self._bounces)
+
+    def message(self, who: Recipient, wrong: Callable[[str], object] = len
+                ) -> Tuple[bytes, str]:
+        """Return a mail, and "" or why it has no pixel; tell what is wrong with it."""
+        from email.utils import formatdate
+
+        own, link = f"<{who.id}@{self.domain}>", self._link.replace("{id}", who.id)
+        lines = "".join(header(name, value) for name, value in (
+            ("Date", formatdate(localtime=True)),
+            ("From", header_mailbox(*self._sender)),
+            ("To", header_mailbox(who.name, who.address)),
+            ("Message-ID", own), ("In-Reply-To", who.earlier),
+            # Some servers change the id: scan finds it here.
+            ("References", f"{who.earlier} {own}".strip()),
+            ("List-Unsubscribe", link and f"<{link}>"),
+            ("List-Unsubscribe-Post",
+             "List-Unsubscribe=One-Click" if link.startswith("https:") else "")))
+        cells = {"unsubscribe": link, **who.cells} if link else who.cells
+        raw = self._template(who).message(lines, cells, wrong)
+        tag = tag_template(self._base, "/{id}.gif").replace("{id}", who.id)
+        return with_pixel(raw, tag, self._is_ours) if self._base else (
+            raw, "no --server")
+
+    def _is_ours(self, url: str) -> bool:
+        path = url[len(self._base):]
+        return url.startswith(self._base) and bool(ids_in_path(path.encode()))
+
+    def hand_over(self, smarthost: Smarthost, who: Recipient,
+                  before_dot: Callable[[], object] = int) -> Reply:
+        """Hand one mail to a smarthost; see its deliver."""
+        message, reply = self.message(who)[0], smarthost.open()
+        is_8bit = "8bitmime" in smarthost.extensions and not message.isascii()
+        return smarthost.deliver(self.envelope(who.id), who.address, message,
+                                 before_dot, "BODY=8BITMIME" * is_8bit) \
+            if reply.is_ok else reply
+
+
+class Plan:
+    """Whom a run sends to and whom not, as register and log know of earlier mails."""
+
+    def __init__(self, files: Files, mailing: Mailing, people: Iterable[Recipient],
+                 options: argparse.Namespace) -> None:
+        self._files, self._mailing, self._options = files, mailing, options
+        is_new = not any(map(os.path.exists, (*files.versions, files.log)))
+        columns, rows = ([], iter(())) if is_new else register_rows(files)
+        mails = (dict(zip(columns, row)) for row in rows)
+        self._mails = {mail["id"]: mail for mail in mails if mail.get("email")}
+        known, barred = self._campaign(mailing.campaign), self._all_barred()
+        followed = self._followed() if options.followup_to else None
+        self.mails: List[Recipient] = []  # to be sent
+        self.done: List[str] = []         # ids of those that went before
+        self.skipped: List[str] = []      # ids of earlier mails, which say why
+        self.unknown: Dict[str, Recipient] = {}  # by id: they may have gone
+        for who in people:
+            tag_id = known.get(who.key, "")
+            status = self._mails[tag_id].get("status") if tag_id else "queued"
+            if followed is not None and who.key not in followed:
+                continue
+            if status not in ("queued", "sending"):
+                self.done.append(tag_id)
+            elif who.key in barred:
+                self.skipped.append(barred[who.key])
+            elif status == "queued" or options.resend_unknown:
+                earlier = followed[who.key] if followed else ""
+                self.mails.append(who._replace(id=tag_id or who.id, earlier=earlier))
+            else:
+                self.unknown[tag_id] = who
+        self.mails = self.mails[:options.limit]
+
+    def _events(self, kind: str) -> Set[Tuple[str, str]]:
+        """Return id and detail of all events of a kind."""
+        return {(event.id, event.detail) for event in read_log(
+            self._files.log, b",%b," % kind.encode()) if event.event == kind}
+
+    def _by_key(self, ids: Iterable[str]) -> Dict[str, str]:
+        """Return ids of mails by the keys of their recipients."""
+        return {self._mails[tag_id]["email"].strip().casefold(): tag_id
+                for tag_id in ids}
+
+    def _campaign(self, name: str) -> Dict[str, str]:
+        """Return the ids of a campaign's mails by key."""
+        ids = {tag_id for tag_id, detail in self._events("queued") if detail == name}
+        if not ids <= self._mails.keys():
+            raise TrackerError(
+                f"the register has lost addresses of the campaign {name}, so nobody "
+                "knows who has got it; put its column email back")
+        return self._by_key(ids)
+
+    def _all_barred(self) -> Dict[str, str]:
+        """Return by key an id of who unsubscribed or has no such mailbox."""
+        bounces = self._events("bounced")
+        hard, soft = ({tag_id for tag_id, detail in bounces if detail.startswith(how)}
+                      for how in ("hard:", "soft:"))
+        return self._by_key(
+            tag_id for tag_id, mail in self._mails.items()
+            if mail.get("status") == "unsubscribed"
+            or mail.get("status") == "bounced" and tag_id not in soft - hard)
+
+    def _followed(self) -> Dict[str, str]:
+        """Return by key the Message-IDs of the mails that are to be followed."""
+        options, found = self._options, {}
+        ids = self._campaign(options.followup_to)
+        if not ids:
+            raise TrackerError(f"no campaign {options.followup_to}")
+        replied, read = ({tag_id for tag_id, _ in self._events(kind)}
+                         for kind in ("replied", "read"))
+        for key, tag_id in ids.items():
+            mail = self._mails[tag_id]
+            is_opened = mail["opens"] != "0" or tag_id in replied | read
+            is_so = {"opened": is_opened, "unopened": not is_opened,
+                     "unreplied": tag_id not in replied}[getattr(options, "if")]
+            if is_so and mail.get("status") in STATUSES[3:] \
+                    and mail["sent"] <= (options.after or mail["sent"]):
+                found[key] = mail.get("message_id") \
+                    or f"<{tag_id}@{self._mailing.domain}>"
+        return found
+
+    def words(self) -> Iterator[str]:
+        """Yield what people should know of it."""
+        yield f"campaign {self._mailing.campaign}: {plural(len(self.mails), 'mail')} " \
+            f"to send, {len(self.done)} gone before, {len(self.skipped)} skipped: " \
+            "unsubscribed, or no such mailbox"
+        if self.unknown:
+            names = ", ".join(who.name or who.address for who in self.unknown.values())
+            yield f"{plural(len(self.unknown), 'message')} may or may not have gone: " \
+                f"{names}; --resend-unknown sends it again with the same Message-ID, " \
+                "--assume-sent closes it"
+
+    def commit(self) -> None:
+        """Bring to the disk what is to be done, a tag for each mail included."""
+        now, campaign = utc_text(time.time()), self._mailing.campaign
+        told, assumed = self._events("skipped"), []
+        if self._options.assume_sent:
+            assumed, self.unknown = [*self.unknown], {}
+        append_events(self._files, [
+            *(Event(now, "skipped", tag_id, detail=campaign) for tag_id in self.skipped
+              if (tag_id, campaign) not in told),
+            *(Event(now, "sent", tag_id, detail="assumed") for tag_id in assumed)])
+        new = [who for who in self.mails if who.id not in self._mails]
+        if new:
+            add_tags(self._files, list(map(self._mailing.row, new)), Making(
+                now, "", "queued", campaign, self._mailing.columns))
+
+
+def judged(reply: Reply) -> str:
+    """Return what a smarthost's reply means for a mail.
+
+    sent; failed, for good; later; refused, perhaps for what we are; stop, as that is
+    certain; trouble with the connection; unknown, as it may have gone.
+    """
+    status = (re.match(r"5\.\d{1,3}\.\d{1,3}", reply.text) or [""])[0]
+    is_login = reply.stage in ("connect", "login")
+    if reply.is_ok or reply.is_lost:
+        return "sent" if reply.is_ok else "unknown"
+    if reply.code in (0, 421) or is_login and reply.code < 500:
+        return "trouble"
+    if reply.code < 500:
+        return "later"
+    if is_login or reply.stage == "mail" or status == "5.4.5":
+        return "stop"
+    is_theirs = status.startswith(("5.1.", "5.2.")) or reply.stage == "rcpt"
+    is_ours = status.startswith("5.7.") or status in ("5.1.7", "5.1.8") \
+        or "relay" in reply.text.lower()
+    return "failed" if is_theirs and not is_ours else "refused"
+
+
+class Delivery:
+    """Hand the mails of a mailing to a smarthost, one after the other.
+
+    pause waits so many seconds and tells whether to stop; period is the time from one
+    mail to the next. words say what made it end early.
+    """
+
+    def __init__(self, files: Files, mailing: Mailing, smarthost: Smarthost,
+                 pause: Callable[[float], bool], period: float = 0.0,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._files, self._mailing, self._smarthost = files, mailing, smarthost
+        self._pause, self._period, self._clock = pause, period, clock
+        self._began = self._told = clock()
+        self._has_worked, self._trouble, self._refused = False, 0, 0
+        self.words = ""
+        self.count = {"sent": 0, "failed": 0, "unknown": 0}
+
+    def run(self, mails: Sequence[Recipient]) -> int:
+        """Send what can be sent; return how many mails are left."""
+        from heapq import heappop, heappush
+
+        queue, due_next = [(0.0, number, 0) for number in range(len(mails))], 0.0
+        while queue and not self._rests(max(queue[0][0], due_next) - self._clock()):
+            _, number, tries = heappop(queue)
+            due_next = self._clock() + self._period
+            outcome = self._send(mails[number])
+            if outcome in ("later", "trouble") and tries < len(RETRIES):
+                heappush(queue, (self._clock() + RETRIES[tries], number, tries + 1))
+            self._tell(len(mails), queue)
+        self._show("")
+        self._smarthost.close()
+        return len(mails) - sum(self.count.values())
+
+    def _rests(self, length: float) -> bool:
+        """Wait; tell whether it is over."""
+        if not self.words and self._pause(max(0.0, length)):
+            self.words = "stopped by a signal"
+        return bool(self.words)
+
+    def _send(self, who: Recipient) -> str:
+        """Try to send a mail; return what judged makes of the answer."""
+        def log(kind: str, detail: str = "") -> None:
+            now = utc_text(time.time())
+            append_events(self._files, [Event(now, kind, who.id, detail=detail)])
+
+        reply = self._mailing.hand_over(self._smarthost, who, lambda: log("sending"))
+        outcome = judged(reply)
+        if outcome in ("sent", "failed"):
+            log(outcome, str(reply))
+        elif outcome != "unknown" and reply.stage == "dot":
+            log("queued", self._mailing.campaign)
+        if outcome in self.count:
+            self.count[outcome] += 1
+        if outcome != "sent":
+            self._show("")
+            note(f"row {who.row}, {who.address}: {outcome}: {reply}")
+        self._heed(outcome, reply)
+        return outcome
+
+    def _heed(self, outcome: str, reply: Reply) -> None:
+        """Rest after trouble; stop where all mails would fare alike."""
+        self._has_worked |= reply.stage not in ("connect", "login")
+        self._refused = self._refused + 1 if outcome == "refused" else 0
+        self._trouble = self._trouble + 1 if outcome == "trouble" else 0
+        is_hopeless = self._trouble > len(TROUBLE) or not self._has_worked
+        if outcome == "stop" or self._refused == MOST_REFUSED \
+                or self._trouble and is_hopeless:
+            self.words = f"the smarthost says: {reply}"
+        elif self._trouble:
+            self._rests(TROUBLE[self._trouble - 1])
+
+    def _tell(self, total: int, queue: Iterable[Tuple[float, int, int]]) -> None:
+        """Show how far it is: on a terminal at once, else once a minute."""
+        now, done = self._clock(), sum(self.count.values())
+        if now - self._told < (0.2 if sys.stderr.isatty() else 60.0):
+            return
+        self._told, per_mail = now, (now - self._began) / max(done, 1)
+        self._show(f"{self.count['sent']}/{total} sent  {self.count['failed']} failed  "
+                   f"{sum(tries > 0 for _, _, tries in queue)} deferred  "
+                   f"{60 / per_mail:.0f}/min  "
+                   f"{lasting((total - done) * per_mail)} left")
+
+    @staticmethod
+    def _show(text: str) -> None:
+        """Show a line, which the next one replaces on a terminal."""
+        is_terminal = sys.stderr.isatty()
+        if text or is_terminal:
+            print(f"{text:<78}" if is_terminal else text, file=sys.stderr,
+                  end="\r" if is_terminal else "\n", flush=True)
+
+
+def lasting(length: float) -> str:
+    """Return a time in seconds as people say it."""
+    return f"{length:.0f} s" if length < 90 else f"{length / 60:.0f} min" \
+        if length < 7200 else f"{length / 3600:.1f} h"
+
+
 # ---------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------
@@ -5127,6 +5762,153 @@ def copy_to_clipboard(text: str, form: str) -> None:
                         else "copied as plain text")
     raise TrackerError("no clipboard here: install wl-copy or xclip, "
                        "or take the tag from the screen")
+
+
+SAMPLES = {"sample.html": """\
+Subject: News for {Name|you}
+
+<p>Dear {Name|friend},</p>
+<p>your balance is {Amount:,.2f}. More is on <a href="https://example.org">our
+page</a>.</p>
+""", "sample.csv": """\
+email,name,amount
+ann@example.org,Ann,1234.5
+bob@example.org,,20
+"""}
+
+
+def cmd_send(options: argparse.Namespace) -> int:
+    """Send each person of a list a mail with a pixel, and nobody two."""
+    if options.sample:
+        return write_samples()
+    if not options.recipients:
+        options.parser.error("say which TEMPLATE and which RECIPIENTS.csv; "
+                             "--sample makes both to begin with")
+    mailing = Mailing(options)
+    people = checked_people(mailing, options)
+    if options.preview:
+        return write_mails(options.preview, mailing, people)
+    if options.test:
+        return send_test(mailing, people[0], options)
+    files = Files(options.register, options.events)
+    if not options.yes:
+        return show_plan(Plan(files, mailing, people, options), mailing, options)
+    return send_all(files, mailing, people, options)
+
+
+def write_samples() -> int:
+    """Write a template and a list to begin with, where there are none."""
+    for name, text in SAMPLES.items():
+        try:
+            with open(name, "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise TrackerError(f"{name} is there already") from None
+    print("wrote sample.html and sample.csv; see what they make: mailtracker.py send "
+          "sample.html sample.csv --from you@example.org --server t.example.org")
+    return 0
+
+
+def checked_people(mailing: Mailing, options: argparse.Namespace) -> List[Recipient]:
+    """Return the people of a list; raise TrackerError if one's mail cannot be made."""
+    problems: Problems = {}
+    people = recipients(options.recipients, options.where, problems)
+    for who in progress(people, "checking rows"):
+        mailing.message(who, lambda what: problems.setdefault(what, []).append(who.row))
+    for what, rows in problems.items():
+        rows = sorted({*rows})
+        more = f" and {len(rows) - 20} more" if len(rows) > 20 else ""
+        numbers = ", ".join(map(str, rows[:20]))
+        note(f"row{'s' * (len(rows) > 1)} {numbers}{more}: {what}")
+    if problems or not people:
+        why = f"{plural(len(problems), 'problem')}, see above," if problems \
+            else "nobody"
+        raise TrackerError(f"nothing was sent: {why} in {options.recipients}")
+    # Until they have tags, their pixels have ids that no register knows.
+    return [who._replace(id=tag_id) for who, tag_id in zip(
+        people, new_ids(os.urandom(32), len(people)))]
+
+
+def write_mails(folder: str, mailing: Mailing, people: Sequence[Recipient]) -> int:
+    """Write the mails into a folder."""
+    os.makedirs(folder, exist_ok=True)
+    for number, who in enumerate(people, 1):
+        with open(os.path.join(folder, f"{number:03}.eml"), "wb") as file:
+            file.write(mailing.message(who)[0])
+    print(f"wrote {plural(len(people), 'mail')} to {folder}; their pixels do not count")
+    return 0
+
+
+def send_test(mailing: Mailing, who: Recipient, options: argparse.Namespace) -> int:
+    """Send one person's mail to another address."""
+    smarthost = smarthost_of(options)
+    reply = mailing.hand_over(smarthost, who._replace(address=options.test))
+    smarthost.close()
+    if not reply.is_ok:
+        raise TrackerError(f"the smarthost says: {reply}")
+    print(f"sent the mail of row {who.row} to {options.test}; its pixel does not count")
+    return 0
+
+
+def show_plan(plan: Plan, mailing: Mailing, options: argparse.Namespace) -> int:
+    """Show what would be sent, and change nothing."""
+    emptiest = sorted(plan.mails, key=lambda who: sum(map(bool, who.cells.values())))
+    for who in {who.row: who for who in plan.mails[:1] + emptiest[:1]}.values():
+        raw, why = mailing.message(who)
+        print(f"-- row {who.row} ".ljust(78, "-"))
+        print_lines(map(clean, mail_lines(raw)))
+        print(f"[{f'no pixel: {why}' if why else 'with a pixel'}]\n")
+    print_lines(map(clean, plan.words()))
+    length = lasting(len(plan.mails) * options.rate) if options.rate \
+        else "as long as the smarthost needs"
+    print(f"it would take {length}; nothing was sent: say --yes to send")
+    return 0
+
+
+def send_all(files: Files, mailing: Mailing, people: Sequence[Recipient],
+             options: argparse.Namespace) -> int:
+    """Send what is to be sent, when it is to be sent; say what became of it."""
+    signals = Signals(None)
+
+    def pause(length: float) -> bool:
+        if not signals.stopping and select.select([signals.file], [], [], length)[0]:
+            signals.obey()
+        return signals.stopping
+
+    if time.time() < options.at:
+        note(f"waiting until {time.ctime(options.at)}; Ctrl-C ends that")
+    while time.time() < options.at:  # the clock may be set meanwhile
+        if pause(min(60.0, max(0.0, options.at - time.time()))):
+            raise TrackerError("stopped before the first mail")
+    path = f"{files.register}.{hash_of(mailing.campaign)[:8]}.send"
+    with lock_of(0.0, path, flags=os.O_RDWR | os.O_CREAT) as held:
+        if held < 0:
+            raise TrackerError(f"another send is at the campaign {mailing.campaign}")
+        try:
+            return carry_out(Plan(files, mailing, people, options), Delivery(
+                files, mailing, smarthost_of(options), pause, options.rate), files)
+        finally:
+            os.unlink(path)
+
+
+def carry_out(plan: Plan, delivery: Delivery, files: Files) -> int:
+    """Send what is planned, and say what became of it."""
+    from shlex import join
+
+    plan.commit()
+    for words in plan.words():
+        note(words)
+    try:
+        left = delivery.run(plan.mails)
+    finally:
+        settle(files)
+    sent, failed, unknown = delivery.count.values()
+    print(f"{sent} sent, {failed} failed, {left} left of {len(plan.mails)}"
+          + f"; {unknown} may or may not have gone" * bool(unknown))
+    if left:
+        note(f"{delivery.words or 'the smarthost has put them off'}; "
+             f"to go on: {join(sys.argv)}")
+    return int(left + unknown + len(plan.unknown) > 0)
 
 
 def cmd_dump(options: argparse.Namespace) -> int:
@@ -5376,10 +6158,30 @@ def _template(text: str) -> str:
     return path
 
 
+def _rate(text: str) -> float:
+    found = matching(r"([1-9]\d{0,5})/(s|m|h|d)\w*", text)
+    return _UNITS[found[2]] / int(found[1])
+
+
+def _condition(text: str) -> Tuple[str, str]:
+    found = matching(r"([^=]+)=((?s:.*))", text.lower())
+    return " ".join(found[1].split()), found[2]
+
+
 size_argument = argument(_size, "a size such as 100M")
 network_argument = argument(_network, "an address or network such as 10.0.0.0/8")
 smarthost_argument = argument(_host_and_port, "a mail server such as smtp.x.org:587")
 moment_argument = argument(moment, "a time such as 2026-11-01, 3d or 12h")
+rate_argument = argument(_rate, "a rate such as 20/min, 300/h or 2/s")
+local_argument = argument(
+    lambda text: time.mktime(time.strptime(text, "%Y-%m-%d %H:%M")),
+    "a time such as '2026-11-24 09:00'")
+condition_argument = argument(_condition, "a condition such as city=B*")
+link_argument = argument(
+    lambda text: matching("(?:https?://|mailto:)[!-;=?-~]{1,900}", text)[0],
+    "a link that begins with https:// or mailto:")
+address_argument = argument(address_in, "a mail address")
+mailbox_argument = argument(mailbox_in, "an address such as 'Ann <ann@x.org>'")
 template_argument = argument(
     _template, "a path with {id} as a segment, such as /img/{id}/logo.gif")
 
@@ -5443,6 +6245,53 @@ def add_newtag(commands: Any) -> None:
     add("--copy", action="store_true", help="put the tag on the clipboard as well")
 
 
+def add_send(commands: Any) -> None:
+    """Add the options of send."""
+    add = add_command(
+        commands, cmd_send, "news.html people.csv --from 'Ann <ann@x.org>' "
+        "--server t.x.org --smarthost smtp.x.org --user ann --yes",
+        "TEMPLATE RECIPIENTS.csv").add_argument
+    add("template", metavar="TEMPLATE", nargs="?", default="", help="Subject: ..., a "
+        "blank line and the text, HTML if it begins with <; or a mail saved as .eml; "
+        "a.html,b.html: each for half of the people")
+    add("recipients", metavar="RECIPIENTS", nargs="?", default="",
+        help="a CSV file with a column email; - reads stdin")
+    add("--sample", action="store_true", help="write sample.html and sample.csv")
+    add("--yes", action="store_true", help="send; without it only show what would be")
+    add("--test", metavar="ADDRESS", type=address_argument,
+        help="send the first mail there, and no other")
+    add("--preview", metavar="FOLDER", default="", help="write the mails there as .eml")
+    add_smarthost(add, ("password", "xoauth2"), required=False)
+    add("--from", metavar="ADDRESS", dest="sender", type=mailbox_argument,
+        help="'Ann <ann@x.org>' (default: the From of the template)")
+    add("--server", metavar="HOST|URL", default="",
+        help="where the pixel server can be reached (default: $MAILTRACKER_SERVER)")
+    add("--campaign", metavar="NAME", default="", help="who got a mail of this name "
+        "gets no other (default: the file name of the template)")
+    add("--where", metavar="COLUMN=GLOB", type=condition_argument, action="append",
+        default=[], help="only rows like this: 'city=B*'; may be repeated")
+    add("--limit", metavar="N", type=number_in(1, 10 ** 9 - 1),
+        help="at most so many mails")
+    add("--rate", metavar="N/UNIT", type=rate_argument, default=0.0,
+        help="so many mails at most, evenly: 20/min, 300/h, 2/s")
+    add("--at", metavar="WHEN", type=local_argument, default=0.0,
+        help="wait until then, in this machine's zone: '2026-11-24 09:00'")
+    add("--followup-to", metavar="CAMPAIGN", default="",
+        help="only to people who got a mail of that campaign, as an answer to it")
+    add("--if", choices=("unopened", "unreplied", "opened"), default="",
+        help="only where that one is so")
+    add("--after", metavar="TIME", type=moment_argument,
+        help="only where that one went so long ago: 3d, 12h")
+    add("--unsubscribe", metavar="URL", type=link_argument,
+        help="https:// or mailto:, with {id} if you like (default: the server's own "
+        "page, if it has https)")
+    add("--bounce-address", metavar="TEMPLATE", default="",
+        help="where bounces go, such as '{user}+{id}@{domain}'")
+    add("--resend-unknown", action="store_true",
+        help="send again what may or may not have gone")
+    add("--assume-sent", action="store_true", help="take it that it has gone")
+
+
 def add_dump(commands: Any) -> None:
     """Add the options of dump."""
     add = add_command(commands, cmd_dump, "--hit --since 3d --sort hits --reverse",
@@ -5489,9 +6338,10 @@ def add_others(commands: Any) -> None:
         help=argparse.SUPPRESS)
 
 
-def add_smarthost(add: Any, auth: Sequence[str]) -> None:
+def add_smarthost(add: Any, auth: Sequence[str], required: bool = True) -> None:
     """Add the options that say which mail server takes our mail."""
-    add("--smarthost", metavar="HOST[:PORT]", type=smarthost_argument, required=True,
+    add("--smarthost", metavar="HOST[:PORT]", type=smarthost_argument,
+        required=required,
         help="the mail server that takes the mail (default port: 587; 465 is TLS from "
         "the start)")
     add("--user", default="", help="log in there as this user")
@@ -5647,6 +6497,16 @@ RULES = (
     ("server", "--tls-key", "needs", "--tls-cert"),
     ("server", "--on-open-first", "needs", "--on-open"),
     ("newtag", "--names-from", "goes without", "--name --count"),
+    ("send", "--sample", "goes without", "TEMPLATE"),
+    ("send", "--yes", "needs", "--smarthost"),
+    ("send", "--yes", "goes without", "--test --preview"),
+    ("send", "--test", "needs", "--smarthost"),
+    ("send", "--test", "goes without", "--preview"),
+    ("send", "--user", "needs", "--smarthost"),
+    ("send", "--followup-to", "needs", "--if"),
+    ("send", "--if", "needs", "--followup-to"),
+    ("send", "--after", "needs", "--followup-to"),
+    ("send", "--resend-unknown", "goes without", "--assume-sent"),
     ("dump", "FILE", "goes without", "--register"),
     ("dump", "--follow", "goes without",
      "--log --format --sort --reverse --limit --full --unhit --unopened --campaign"
@@ -5675,7 +6535,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version",
                         version=f"mailtracker {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (add_server, add_newtag, add_dump, add_others):
+    for add in (add_server, add_newtag, add_send, add_dump, add_others):
         add(commands)
     parser.set_defaults(commands=commands.choices)
     return parser
