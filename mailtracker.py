@@ -4234,7 +4234,8 @@ def tag_lines(columns: Sequence[str], rows: Iterable[Row], limit: Optional[int],
     """Yield a table of at most limit tags, and last what they come to."""
     rows, tags, opened, hits, opens = iter(rows), 0, 0, 0, 0
     own_cells = itemgetter(*map(columns.index, TABLE_COLUMNS))
-    status, created = cell_of(columns, "status"), cell_of(columns, "created")
+    status, created, email = (
+        cell_of(columns, column) for column in ("status", "created", "email"))
     has_mail, states = "status" in columns, dict.fromkeys(STATUSES, 0)
 
     def shown() -> Iterator[Row]:
@@ -4246,7 +4247,8 @@ def tag_lines(columns: Sequence[str], rows: Iterable[Row], limit: Optional[int],
             hits, opens = hits + int(cells[2]), opens + int(cells[3])
             minutes = (cell[:16].replace("T", " ") for cell in cells[4:6])
             last = state if has_mail else created(row)[:10]
-            yield [short(cells[0], screen), clean(cells[1]), *cells[2:4],
+            name = clean(cells[1] or email(row))
+            yield [short(cells[0], screen), name, *cells[2:4],
                    *(clean(cell) or "-" for cell in (*minutes, last))]
 
     heading = ["id", "name", "hits", "opens", f"last hit ({zone})", "last open",
@@ -5898,10 +5900,12 @@ def carry_out(plan: Plan, delivery: Delivery, files: Files) -> int:
     plan.commit()
     for words in plan.words():
         note(words)
+    worker = Worker(files, 0)  # a mailing may take hours
+    worker.start()
     try:
         left = delivery.run(plan.mails)
     finally:
-        settle(files)
+        worker.stop()
     sent, failed, unknown = delivery.count.values()
     print(f"{sent} sent, {failed} failed, {left} left of {len(plan.mails)}"
           + f"; {unknown} may or may not have gone" * bool(unknown))

@@ -133,12 +133,14 @@ def test_the_log_holds_no_address(files):
 
 
 def test_dump_shows_statuses_and_counts_a_reply_as_read(files, run):
-    queue(files, A, B, C)
+    queue(files, A, B)
+    mailtracker.add_tags(files, [(C, "", "c@x.org", "spring", "")], QUEUED)
     say(files, "sending", "sent", "replied")
     say(files, "failed", tag=B)
     lines = run("dump", files.register)[1].splitlines()
     assert lines[0].split()[-1] == "status"
     assert [line.split()[-1] for line in lines[1:4]] == ["replied", "failed", "queued"]
+    assert [line.split()[1] for line in lines[1:4]] == ["Ann", "Ann", "c@x.org"]
     assert lines[-1] == ("3 tags, 1 opened, 0 hits, 0 opens, "
                          "1 queued, 1 failed, 1 replied")
 
