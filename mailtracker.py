@@ -11,6 +11,7 @@ Make a tag, paste it into a mail, and let the server count its fetches:
     mailtracker.py send news.html people.csv     send a mail with a pixel to each
     mailtracker.py dump                          show the register
     mailtracker.py dump --id 7hq2vxw             show one tag with its history
+    mailtracker.py scan ~/Maildir                find bounces, answers, receipts
     mailtracker.py rejudge --dry-run             judge old hits by today's rules
     mailtracker.py forget john                   remove all that is known of a tag
     mailtracker.py settle                        bring the register up to date
@@ -5653,6 +5654,469 @@ def lasting(length: float) -> str:
         if length < 7200 else f"{length / 3600:.1f} h"
 
 
+# -- scan: what came back, and of which tag -------------------------------------
+
+MOST_READ = 100_000  # bytes of a message; what tells of a tag stands in them
+
+_ID_IN_TEXT = re.compile(r"(?<![A-Za-z\d])(?:%s)(?![A-Za-z\d])" % _ID)
+_MESSAGE_ID = re.compile(r"<([^<>\s]+)>")
+_ANY_ADDRESS = re.compile(  # begun only where a word begins, so linear
+    r"""(?<![^\s<>()[\],;:"'])[^\s<>()[\],;:"'@]+@[^\s<>()[\],;:"'@]*[^\W_]""")
+_UNSPACED = re.compile(r"""<?[^\s<>()[\],;:"']+>?""")
+_RETURNED_ID = re.compile(
+    r"\n(?:Original-|X-Microsoft-Original-)?Message-ID:(.*(?:\n[ \t].*)*)", re.I)
+_COPY = re.compile(  # where a mail server has ended, and the returned mail begins
+    r"^(?:Received:|Return-Path:|Message-ID:|---.*(?:original|copy|header)"
+    r"|message headers follow)", re.M | re.I)
+# Fields of a head that tell what a message is (RFC 3834, and older customs).
+_MARKS = re.compile(r"""^(?:
+    (?P<automatic>Auto-Submitted:(?!\s*no\b) | X-Autore(?:ply|spond): |
+        Precedence:\s*auto.?reply | Subject:\s*(?:auto(?:matic|mated)?[ -]?re(?:ply|s)
+        |out[ ]of[ ](?:the[ ])?office|abwesen|automatische?[ ]ant|réponse[ ]auto
+        |risposta[ ]auto|respuesta[ ]auto|resposta[ ]auto|autosvar|自動)) |
+    (?P<daemon>From:.*(?:mailer-?daemon|postmaster|mail[ ]deliver|microsoftexchange)) |
+    (?P<null>Return-Path:\s*<>) | (?P<failed>X-Failed-Recipients:) |
+    (?P<late>Subject:.*(?:delay|warning|still|not[ ]yet|verzög)) |
+    (?P<forward>X-Forwarded-Message-Id: | Subject:\s*(?:fwd?|wg|tr|rv)\s*:) |
+    (?P<reply>In-Reply-To:) | (?P<report>Content-Type:\s*multipart/report))""",
+                    re.M | re.I | re.X | re.A)
+_TELLING = {"automatic", "daemon", "null", "failed", "reply", "report"}
+_ENHANCED = re.compile(r"(?<![\d.])[245]\.\d{1,3}\.\d{1,3}(?![\d.])")  # RFC 3463
+_REFUSAL = re.compile(r"(?<![\d.])[45](?:\d\d[ -]|\.\d\.\d)|undeliver|fail|unknown"
+                      r"|not be (?:sent|deliver)|reject|no such", re.I)
+_NOBODY = re.compile(
+    r"(?:user|recipient|mailbox|account|address) (?:was )?(?:unknown|not found)"
+    r"|(?:unknown|no such|invalid) (?:user|recipient|mailbox|address)"
+    r"|does(?:n't| not) (?:exist|have an? \S+ account)|unrouteable address", re.I)
+_HARD = re.compile(r"5\.1\.(?![78]$)|5\.2\.1$")  # 5.1.7 and 5.1.8: the sender's address
+_ACTIONS = {"failed": "bounced", "failure": "bounced", "error": "bounced",
+            "delayed": "delayed", "5": "bounced", "4": "delayed"}
+
+
+class Known:
+    """What is known of our own mail, and by which names it may come back."""
+
+    def __init__(self, files: Files) -> None:
+        columns, rows = register_rows(files)
+        columns = [column.lower() for column in columns]
+        cells = [cell_of(columns, column) for column in (
+            "id", "name", "email", "sent", "created", "message_id", "status")]
+        self.names: Dict[str, str] = {}
+        self.emails: Dict[str, str] = {}
+        self.times: Dict[str, str] = {}  # when each was sent, or else made
+        self._by_message: Dict[str, List[str]] = {}  # a relay gives one to several
+        self._by_email: Dict[str, List[str]] = {}
+        for row in progress(rows, "reading rows"):
+            tag_id, name, email, sent, created, message, status = (
+                cell(row) for cell in cells)
+            self.names[tag_id], self.times[tag_id] = name, sent or created
+            self.emails[tag_id] = email = email.strip().casefold()
+            if message:
+                self._by_message.setdefault(message.strip("<> "), []).append(tag_id)
+            if email and status != "queued":
+                self._by_email.setdefault(email, []).append(tag_id)
+        for event in read_log(files.log, b"250 Ok "):  # SES makes it the Message-ID
+            given = re.fullmatch(r"250 Ok ([\w.-]{20,})", event.detail)
+            if given and event.id in self.names:
+                self._by_message.setdefault(given[1], []).append(event.id)
+
+    def matters(self, raw: bytes) -> bool:
+        """Tell from its head whether a message can speak of a tag."""
+        head = raw.replace(b"\r", b"").partition(b"\n\n")[0].decode("utf-8", "replace")
+        head = _unfolded(head)
+        marks = (found.lastgroup for found in _MARKS.finditer(head))
+        return not (_TELLING.isdisjoint(marks) and self.names.keys().isdisjoint(
+            _ID_IN_TEXT.findall(head)))
+
+    def ids(self, name: str) -> List[str]:
+        """Return the tags that an id or a Message-ID stands for."""
+        local = name.partition("@")[0]
+        return [local] if local in self.names else self._by_message.get(
+            name) or self._by_message.get(local, [])
+
+    def newest(self, addresses: Iterable[str], when: str) -> List[str]:
+        """Return for each known address the last tag sent to it before a time."""
+        sent = ([(self.times[tag_id], tag_id) for tag_id in self._by_email.get(a, ())
+                 if self.times[tag_id] <= when] for a in addresses)
+        return [max(some)[1] for some in sent if some]
+
+
+class Sign(NamedTuple):
+    """What a message says of the mail to some addresses."""
+
+    event: str  # "" where all is well
+    addresses: FrozenSet[str]
+    how: str = ""  # of a bounce: hard, the address takes no mail; or soft
+    words: str = ""
+
+
+class Answer:
+    """A message that may speak of a tag: what stands where in it."""
+
+    def __init__(self, raw: bytes) -> None:
+        raw = raw[:MOST_READ].replace(b"\r\n", b"\n")
+        parts = split(raw)
+        head = decoded_words(_unfolded(parts[0].head.decode("utf-8", "replace")))
+        self.head = _fields(head)
+        self.marks = {found.lastgroup for found in _MARKS.finditer(head)}
+        self.own = _addresses(self.head, "to", "delivered-to")
+        self.leaves = [(part.type, part_text(raw, part)) for part in parts
+                       if part.type.startswith(("text/", "message/"))]
+        said = "\n".join(text for _, text in takewhile(
+            lambda leaf: leaf[0].startswith("text/"), self.leaves))
+        self.said = _COPY.split(said, 1)[0]  # by who wrote it, not what is returned
+        self._ends: Dict[str, int] = {}  # where addresses end in that
+
+    def words_about(self, addresses: Iterable[str]) -> str:
+        """Return what is said behind one of some addresses, or else of a refusal."""
+        if not self._ends:
+            self._ends = {found[0].casefold(): found.end() for found in
+                          reversed([*_ANY_ADDRESS.finditer(self.said)])}
+        refusal = _REFUSAL.search(self.said)
+        start = next((self._ends[a] for a in addresses if a in self._ends),
+                     refusal.start() if refusal else len(self.said))
+        words = self.said[start:start + 500].lstrip(">:.) \n")
+        return words.partition("\n\n")[0]
+
+    def time(self) -> str:
+        """Return when it was written, or else received; "9" where it does not say."""
+        from email.utils import mktime_tz, parsedate_tz
+
+        for name in "date", "received":
+            value = self.head.get(name, "").partition("\n")[0].rpartition(";")[2]
+            with suppress(ValueError, IndexError, OverflowError):
+                parsed = parsedate_tz(value[:100])
+                when = utc_text(mktime_tz(parsed)) if parsed else ""
+                if is_time(when):
+                    return when
+        return "9"
+
+    def text(self) -> str:
+        """Return all that it says and returns, no word cut by quoted-printable."""
+        return "\n".join(["", *(text for _, text in self.leaves)]).replace("=\n", "")
+
+    def named(self) -> Iterator[str]:
+        """Yield what may name the tag: ids and Message-IDs, the surest first."""
+        yield from _found(_ID_IN_TEXT, self.head, "delivered-to", "x-original-to", "to")
+        for name in "in-reply-to", "references":
+            yield from reversed(_found(_MESSAGE_ID, self.head, name))
+        text = self.text()
+        returned = " ".join(_RETURNED_ID.findall(text))
+        yield from _MESSAGE_ID.findall(decoded_words(returned))
+        yield from _ID_IN_TEXT.findall(text)
+
+
+def _unfolded(head: str) -> str:
+    return re.sub(r"\n[ \t]+", " ", head)
+
+
+def _fields(head: str) -> Dict[str, str]:
+    """Return the fields of a head by name in lower case, those of one name in lines."""
+    found: Dict[str, str] = {}
+    for line in _unfolded(head).split("\n"):
+        name, _, value = line.partition(":")
+        name = name.rstrip().lower()
+        found[name] = f"{found[name]}\n{value}" if name in found else value.lstrip()
+    return found
+
+
+def _found(pattern: re.Pattern[str], head: Mapping[str, str], *names: str) -> List[str]:
+    """Return what matches a pattern in fields of a head."""
+    return pattern.findall("\n".join(head.get(name, "") for name in names))
+
+
+def _addresses(head: Mapping[str, str], *names: str) -> FrozenSet[str]:
+    return frozenset(map(str.casefold, _found(_ANY_ADDRESS, head, *names)))
+
+
+def read_mail(raw: bytes, known: Known) -> List[Event]:
+    """Return what a message says of which tags, at most one event of each.
+
+    Nothing comes of our own mail, of forwards, and of reports that all is well.
+    """
+    mail = Answer(raw)
+    own_ids = _found(
+        _MESSAGE_ID, mail.head, "message-id", "x-microsoft-original-message-id")
+    signs = _signs(mail)
+    if any(map(known.ids, own_ids)) or not any(sign.event for sign in signs):
+        return []
+    addresses, when = frozenset(chain(*(s.addresses for s in signs))), mail.time()
+    ids = _meant(mail, known, addresses)
+    is_likely = not ids and bool(mail.marks & {"daemon", "null"}) and any(
+        sign.event in ("bounced", "delayed") for sign in signs)
+    if is_likely:
+        others = {*_ANY_ADDRESS.findall(mail.text().casefold())} - mail.own
+        only = known.newest(others, when)
+        ids = known.newest(addresses, when) or only * (len(only) == 1)
+    events = []
+    for tag_id in ids:
+        mine = [sign for sign in signs if known.emails[tag_id] in sign.addresses]
+        event, _, how, words = min(mine or signs, key=lambda sign: (  # what is sure
+            sign.event == "bounced", sign.how == "hard", sign.event))
+        if is_likely:  # it may be forged, so it does not begin with hard:
+            how = "hard, likely" if how == "hard" else f"{how}: likely".lstrip(": ")
+        events.append(Event(
+            when if is_time(when) else known.times[tag_id], event, tag_id,
+            detail=": ".join(filter(None, (how, words)))[:200]))
+    return [event for event in events if event.event and is_time(event.time)]
+
+
+def _meant(mail: Answer, known: Known, addresses: Collection[str]) -> List[str]:
+    """Return the tags that a message names, of several only those of addresses."""
+    for ids in map(known.ids, mail.named()):
+        near = {known.emails[tag_id]: tag_id for tag_id in ids
+                if known.emails[tag_id] in addresses}
+        if near or len(ids) == 1:
+            return [*near.values()] or ids
+    return []
+
+
+def _signs(mail: Answer) -> List[Sign]:
+    """Return what a message says, to whichever tags that applies."""
+    marks, sender = mail.marks, _addresses(mail.head, "from")
+    for kind, text in mail.leaves:
+        if kind in ("message/delivery-status", "message/global-delivery-status"):
+            return _reported(mail, text)
+        if kind == "message/disposition-notification":
+            return _receipt(mail, _fields(text))
+    is_from_server = "reply" not in marks and (
+        "daemon" in marks or marks & {"null", "automatic"} == {"null"})
+    if "failed" in marks or is_from_server and _REFUSAL.search(mail.said):
+        addresses = _addresses(mail.head, "x-failed-recipients") or {
+            *_ANY_ADDRESS.findall(mail.said.casefold())} - mail.own
+        event = "delayed" if "late" in marks else "bounced"
+        return [_refusal(event, {address} - {""}, "", mail.words_about([address]))
+                for address in addresses or [""]]
+    if "daemon" in marks and is_from_server or (
+            sender & _addresses(mail.head, "delivered-to")):
+        return []
+    if marks & {"automatic", "null"}:
+        return [Sign("autoreply", sender)]
+    is_reply = marks & {"reply", "forward"} == {"reply"}
+    return [Sign("replied", sender)] if is_reply else []
+
+
+def _reported(mail: Answer, report: str) -> List[Sign]:
+    """Return what a delivery report says (RFC 3464), block by block."""
+    signs = []
+    for block in map(_fields, re.split(r"\n[ \t]*\n", report)):
+        addresses = _addresses(block, "final-recipient", "original-recipient")
+        status, action = ((block.get(name, "").lower().split() or [""])[0]
+                          for name in ("status", "action"))
+        if addresses or action:
+            words = block.get("diagnostic-code", "").partition(";")[2]
+            signs.append(_refusal(_ACTIONS.get(action or status[:1], ""), addresses,
+                                  status, words or mail.words_about(addresses)))
+    if len(signs) == 1:  # Exim names what an alias stands for
+        more = _addresses(mail.head, "x-failed-recipients")
+        signs = [signs[0]._replace(addresses=signs[0].addresses | more)]
+    return signs
+
+
+def _receipt(mail: Answer, report: Mapping[str, str]) -> List[Sign]:
+    """Return what a receipt says (RFC 8098); a filter may refuse by one (RFC 5429)."""
+    addresses = _addresses(report, "final-recipient")
+    mode, _, kind = report.get("disposition", "").lower().partition(";")
+    if "displayed" in kind:
+        return [Sign("read", addresses)]
+    words = mail.head.get("auto-submitted", "") + mail.said
+    if "automatic" in mail.marks and mode.startswith("automatic") and (
+            "deleted" in kind and re.search("reject|refuse", words, re.I)):
+        return [Sign("bounced", addresses, "soft", "refused by a filter")]
+    return []
+
+
+def _refusal(event: str, addresses: Collection[str], status: str, words: str) -> Sign:
+    """Return a refusal in words without addresses; 5.7 is about us, so it is soft."""
+    code = next((code for code in (status, *_ENHANCED.findall(words))
+                 if _ENHANCED.fullmatch(code) and not code.endswith(".0.0")), "")
+    words = " ".join(_UNSPACED.sub(
+        lambda word: "<...>" if "@" in word[0] else word[0], words or status).split())
+    is_hard = _HARD.match(code) or _NOBODY.search(words) and not (
+        re.match(r"[24]\.|5\.[27]\.", code) or re.search(r"\b4\d\d\b", words))
+    how = "hard" if is_hard else "soft: policy" if code[:4] == "5.7." else "soft"
+    words = words if code in words else f"{code} {words}"
+    return Sign(event, frozenset(addresses), how * (event == "bounced"), clean(words))
+
+
+# -- scan: mailboxes, none of which is ever changed ------------------------------
+
+AT_ONCE = 50         # messages that an IMAP server is asked for
+SEARCHED = 50_000    # of which it may name all in one line; imaplib takes 1 MB
+IMAP_SECONDS = 60.0  # until it must have answered
+
+_IMAP_URL = re.compile(r"(imaps?)://([^/:]+)@([\w.-]+|\[[\da-fA-F:.]+\])"
+                       r"(?::(\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}))?(?:/(.*))?", re.ASCII)
+
+
+def messages_in(options: argparse.Namespace, matters: Callable[[bytes], bool],
+                seen: Set[Any]) -> Iterator[Optional[bytes]]:
+    """Yield the start of each message in a mailbox, None for one that is unreadable.
+
+    What was seen is left out and remembered; of what does not matter, the head will
+    do. Raise TrackerError or OSError.
+    """
+    path = options.mailbox
+    if "://" in path:
+        yield from imap_messages(options, matters, seen)
+    elif os.path.isdir(path):
+        for folder in options.folder or [""]:
+            places = [os.path.join(path, name) for name in (
+                folder, "." + folder.replace("/", "."))]  # as in Maildir++
+            found = [p for p in places if os.path.isdir(os.path.join(p, "cur"))]
+            if not found:
+                raise TrackerError(f"no Maildir: {places[0]}")
+            yield from maildir_messages(found[0], seconds(options.since), seen)
+    elif options.folder:
+        raise TrackerError(f"{path} is a file: it has no folders")
+    elif path == "-" or stamp_of(path) not in seen:
+        seen.add(stamp_of(path))
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            yield from mbox_messages(file)
+
+
+def maildir_messages(folder: str, since: float, seen: Set[Any]
+                     ) -> Iterator[Optional[bytes]]:
+    """Yield the messages of a Maildir that came since then."""
+    for place in "new", "cur", "cur":  # twice: a flag renames a file meanwhile
+        for entry in os.scandir(os.path.join(folder, place)):
+            name = folder, entry.name.partition(":")[0]
+            if name in seen or not entry.is_file():
+                continue
+            try:
+                if entry.stat().st_mtime >= since:
+                    with open(entry.path, "rb") as file:
+                        yield file.read(MOST_READ)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                yield None
+            seen.add(name)
+
+
+def mbox_messages(file: Any) -> Iterator[bytes]:
+    """Yield the messages of an mbox, or a single one."""
+    message, is_blank = bytearray(), True
+    for line in iter(lambda: file.readline(MOST_READ), b""):
+        if is_blank and line.startswith(b"From "):
+            if message:
+                yield bytes(message)
+            message.clear()
+        elif len(message) < MOST_READ:
+            message += line
+        is_blank = line in (b"\n", b"\r\n")
+    if message:
+        yield bytes(message)
+
+
+def imap_messages(options: argparse.Namespace, matters: Callable[[bytes], bool],
+                  seen: Set[Any]) -> Iterator[Optional[bytes]]:
+    """Yield the messages of IMAP folders that came since then; no flag changes."""
+    with _logged_in(options) as (imap, folder):
+        wanted = [*map(folder_name, filter(None, [folder, *options.folder]))]
+        for name in wanted or [b"INBOX", *_junk_folders(imap)]:
+            status, count = imap.select(name, readonly=True)
+            if status != "OK":
+                raise TrackerError(f"no such folder: {name.decode('utf-8', 'replace')}")
+            version = name, *imap.response("UIDVALIDITY")[1]
+            last = max((uid for known, uid in seen if known == version), default=0)
+            uids = _new_uids(imap, int(count[0] or 0), last, options.since)
+            for some in (uids[at:at + AT_ONCE] for at in range(0, len(uids), AT_ONCE)):
+                heads = _fetched(imap, some, "HEADER")
+                found = {**heads, **_fetched(
+                    imap, [uid for uid in heads if matters(heads[uid])])}
+                yield from map(found.get, some)
+                seen.update((version, uid) for uid in some)
+
+
+def _new_uids(imap: Any, count: int, last: int, since: str) -> List[int]:
+    """Return which messages of a folder are behind the last one, and young enough."""
+    from imaplib import Time2Internaldate
+
+    uids: List[int] = []
+    date = Time2Internaldate(seconds(since) - 86400)[1:12]  # of whichever zone
+    for start in range(1, count + 1, SEARCHED):
+        _, found = imap.uid("SEARCH", f"{start}:{min(count, start + SEARCHED - 1)} "
+                            f"UID {last + 1}:* SINCE {date}")
+        uids += map(int, b" ".join(filter(None, found)).split())
+    return [uid for uid in uids if uid > last]  # "9:*" is the last one at least
+
+
+def _fetched(imap: Any, uids: Sequence[int], section: str = "") -> Dict[int, bytes]:
+    """Return the starts of messages, or of their heads, by UID, as far as it can."""
+    if not uids:
+        return {}
+    status, found = imap.uid("FETCH", ",".join(map(str, uids)),
+                             f"(UID BODY.PEEK[{section}]<0.{MOST_READ}>)")
+    if status != "OK" and len(uids) > 1:  # one of them is broken
+        return dict(chain(*(_fetched(imap, [uid], section).items() for uid in uids)))
+    bodies = {}
+    for item, rest in zip(found, [*found[1:], b""]):
+        if isinstance(item, tuple):  # the UID stands before or behind the literal
+            behind = rest if isinstance(rest, bytes) else b""
+            uid = re.search(rb"UID (\d+)", item[0] + behind)
+            bodies.update({int(uid[1]): item[1]} if uid else {})
+    return bodies
+
+
+def _junk_folders(imap: Any) -> List[bytes]:
+    """Return the names of folders for junk, as the server writes them (RFC 6154)."""
+    has_uses = b"SPECIAL-USE" in b" ".join(filter(None, imap.capability()[1]))
+    lines = imap.list('""', "* RETURN (SPECIAL-USE)" if has_uses else "*")[1]
+    return re.findall(rb'^\([^)]*\\junk\b[^)]*\) (?:NIL|"\\?.") (.+)', b"\n".join(
+        line for line in lines if isinstance(line, bytes)), re.M | re.I)
+
+
+def folder_name(name: str) -> bytes:
+    """Return the name of an IMAP folder in quotes and UTF-7 (RFC 3501, 5.1.3)."""
+    from binascii import b2a_base64
+
+    def encoded(text: re.Match[str]) -> str:
+        data = b2a_base64(text[0].encode("utf-16-be", "surrogatepass"), newline=False)
+        return "&" + data.decode().rstrip("=").replace("/", ",") + "-"
+    name = re.sub("[^ -~]+", encoded, name.replace("&", "&-"))
+    return b'"' + re.sub(r'(["\\])', r"\\\1", name).encode() + b'"'
+
+
+@contextmanager
+def _logged_in(options: argparse.Namespace) -> Iterator[Tuple[Any, str]]:
+    """Connect to an IMAP server, TLS verified; pass that on with the URL's folder.
+
+    Only this machine is spoken to without TLS. Raise TrackerError.
+    """
+    import imaplib
+    import ssl
+    from urllib.parse import unquote
+
+    url = _IMAP_URL.fullmatch(options.mailbox)
+    if not url or not unquote(url[2]).isprintable():
+        raise TrackerError("a mailbox is imaps://user@host[:port][/folder], and its "
+                           "password comes from --password-command")
+    user, host, password = unquote(url[2]), url[3].strip("[]"), password_from(
+        options.password_command)
+    mechanism, secret = ("XOAUTH2", f"user={user}\1auth=Bearer {password}\1\1") \
+        if options.auth == "xoauth2" else ("PLAIN", f"\0{user}\0{password}")
+    context, port = ssl.create_default_context(), int(url[4] or 0)
+    with ExitStack() as stack:
+        try:
+            imap: Any = imaplib.IMAP4(host, port or 143, IMAP_SECONDS) \
+                if url[1] == "imap" else imaplib.IMAP4_SSL(
+                    host, port or 993, ssl_context=context, timeout=IMAP_SECONDS)
+            stack.callback(imap.shutdown)
+            if url[1] == "imap" and not is_loopback(imap.sock.getpeername()[0]):
+                imap.starttls(context)
+            if "AUTH=" + mechanism in imap.capabilities:
+                imap.authenticate(mechanism, lambda _: secret.encode())
+            else:
+                imap.login(folder_name(user).decode(), password)
+            yield imap, unquote(url[5] or "")
+        except (imaplib.IMAP4.error, OSError, ValueError) as error:
+            words = error.args[0] if isinstance(error, imaplib.IMAP4.error) else ""
+            if isinstance(words, bytes):
+                words = words.decode("utf-8", "replace")
+            raise TrackerError(f"{host}: {words or explain(error)}") from None
+
+
 # ---------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------
@@ -6017,6 +6481,73 @@ def print_rows(columns: Sequence[str], rows: Iterable[Row],
     return 0
 
 
+def cmd_scan(options: argparse.Namespace) -> int:
+    """Find in a mailbox which mail bounced, was answered or was shown."""
+    files = Files(options.register, options.events)
+    register_path(files)
+    if not options.follow:
+        return print_lines(scan_lines(files, options, set()))
+    if options.mailbox == "-":
+        options.parser.error("--follow needs a mailbox; - is read once")
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        follow_mailbox(files, options)
+    return 0
+
+
+def follow_mailbox(files: Files, options: argparse.Namespace,
+                   pause: Callable[[float], object] = time.sleep) -> None:
+    """Scan a mailbox again and again; a Maildir, which is near, each second.
+
+    What is wrong is raised the first time, and noted later on.
+    """
+    seen: Set[Any] = set()
+    *lines, _ = scan_lines(files, options, seen)
+    while True:
+        for line in lines:
+            print(line, flush=True)
+        pause(1.0 if os.path.isdir(options.mailbox) else 60.0)
+        try:
+            by_now = {*seen}
+            *lines, _ = scan_lines(files, options, by_now)
+            seen = by_now  # only now: what was found is in the log
+        except (TrackerError, OSError) as error:
+            lines = []
+            note(explain(error))
+
+
+def scan_lines(files: Files, options: argparse.Namespace, seen: Set[Any]
+               ) -> Iterator[str]:
+    """Log what a mailbox newly says of tags; yield that in words, and what was read."""
+    @lru_cache(maxsize=None)
+    def known() -> Known:
+        return Known(files)
+
+    found: Dict[Tuple[Any, ...], Event] = {}
+    counts = {True: 0, False: 0}  # messages that could be read, and others
+    oldest = options.since if os.path.isfile(options.mailbox) else ""
+    messages = messages_in(options, lambda raw: known().matters(raw), seen)
+    for raw in progress(messages, "reading messages"):
+        counts[raw is not None] += 1
+        if raw and known().matters(raw):
+            found.update((event[:3], event) for event in read_mail(raw, known())
+                         if event.time >= oldest)
+    for kind in {event.event for event in found.values()}:
+        for event in read_log(files.log, f",{kind},".encode()):
+            found.pop(event[:3], None)
+    if found and not options.dry_run:
+        append_events(files, sorted(found.values()))
+        settle(files)
+    for event in sorted(found.values()):
+        yield clean("  ".join((
+            event.time, short(event.id, screen_width()), known().names[event.id],
+            f"{event.event}: {event.detail or words(event)[1]}")))
+    yield f"{plural(len(found), 'new event')} in {plural(counts[True], 'message')}" + (
+        f", {counts[False]} could not be read" * bool(counts[False])
+        + "; nothing was changed: this was a dry run" * options.dry_run)
+
+
 def cmd_rejudge(options: argparse.Namespace) -> int:
     """Judge the hits of the log again, by today's rules, and correct the opens."""
     files = Files(options.register, options.events)
@@ -6325,6 +6856,26 @@ def add_dump(commands: Any) -> None:
         help="print each event as it comes; with --since those before as well")
 
 
+def add_scan(commands: Any) -> None:
+    """Add the options of scan."""
+    add = add_command(commands, cmd_scan,
+                      "imaps://ann@imap.x.org --password-command 'pass ann'",
+                      "MAILBOX").add_argument
+    add("mailbox", metavar="MAILBOX",
+        help="imaps://user@host[:port][/folder], a Maildir, an mbox file, or - for a "
+        "message or an mbox on stdin; nothing in it is changed")
+    add("--password-command", metavar="COMMAND", default="",
+        help="a command that prints the password (default: $MAILTRACKER_PASSWORD)")
+    add("--auth", choices=("password", "xoauth2"), default="password",
+        help="how to log in (default: %(default)s)")
+    add("--folder", metavar="NAME", action="append", default=[],
+        help="look into this folder; may be repeated (default: INBOX and junk)")
+    add("--since", metavar="WHEN", type=moment_argument, default="30d",
+        help="only mail since then (default: %(default)s)")
+    add("--dry-run", action="store_true", help="only say what would be logged")
+    add("--follow", action="store_true", help="look again, each minute or sooner")
+
+
 def add_others(commands: Any) -> None:
     """Add rejudge, forget and settle, with the few options that they have."""
     add = add_command(commands, cmd_rejudge, "--dry-run").add_argument
@@ -6519,6 +7070,7 @@ RULES = (
     ("dump", "--full", "goes without", "--format"),
     ("dump", "--unhit", "goes without", "--hit --opened --since"),
     ("dump", "--unopened", "goes without", "--opened"),
+    ("scan", "--follow", "goes without", "--dry-run"),
     ("forget", "--older-than", "goes without", "TAGS"),
     ("forget", "--yes", "goes without", "--dry-run"),
     ("settle", "--rotate-events", "needs", "--worker"),
@@ -6539,7 +7091,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version",
                         version=f"mailtracker {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (add_server, add_newtag, add_send, add_dump, add_others):
+    for add in (add_server, add_newtag, add_send, add_dump, add_scan, add_others):
         add(commands)
     parser.set_defaults(commands=commands.choices)
     return parser
