@@ -5480,14 +5480,17 @@ class Plan:
         return self._by_key(ids)
 
     def _all_barred(self) -> Dict[str, str]:
-        """Return by key an id of who unsubscribed or has no such mailbox."""
+        """Return by key an id of who unsubscribed or has no such mailbox.
+
+        A bounce that is only likely bars nobody: it may be forged.
+        """
         bounces = self._events("bounced")
-        hard, soft = ({tag_id for tag_id, detail in bounces if detail.startswith(how)}
-                      for how in ("hard:", "soft:"))
+        hard = {tag_id for tag_id, detail in bounces if detail.startswith("hard:")}
+        others = {tag_id for tag_id, _ in bounces} - hard
         return self._by_key(
             tag_id for tag_id, mail in self._mails.items()
             if mail.get("status") == "unsubscribed"
-            or mail.get("status") == "bounced" and tag_id not in soft - hard)
+            or mail.get("status") == "bounced" and tag_id not in others)
 
     def _followed(self) -> Dict[str, str]:
         """Return by key the Message-IDs of the mails that are to be followed."""

@@ -324,11 +324,14 @@ def test_two_templates_share_the_people_the_same_way_each_time(send, host, files
         assert (b"Good day" in message.data) == (variants[message.recipients[0]] == "b")
 
 
-def test_who_unsubscribed_or_has_no_mailbox_is_skipped_everywhere(send, host, files):
+@pytest.mark.parametrize("bounce", ["soft: full", "soft: policy: 5.7.1",
+                                    "hard, likely: 550"])
+def test_who_unsubscribed_or_has_no_mailbox_is_skipped_everywhere(
+        bounce, send, host, files):
     assert send()[0] == 0
     tags = ids(files)
     for who, kind, detail in (("ann", "unsubscribed", ""), ("bob", "bounced", "hard:"),
-                              ("cid", "bounced", "soft: full")):
+                              ("cid", "bounced", bounce)):
         append_events(files, [Event("2026-11-20T12:00:00Z", kind, tags[who],
                                     detail=detail)])
     for _ in range(2):
