@@ -58,7 +58,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, groupby, islice, takewhile
 from operator import itemgetter, methodcaller
 from types import SimpleNamespace
@@ -892,6 +892,13 @@ def sync_data(file: int) -> None:
     getattr(os, "fdatasync", os.fsync)(file)
 
 
+def sync_folder(path: str) -> None:
+    """Bring the names in a folder to the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
 def write_whole(file: int, data: bytes) -> None:
     """Write all of data; raise OSError where that is impossible."""
     while data:
@@ -1575,9 +1582,7 @@ class Settler:
         finally:
             self._finish_exchange()
         with suppress(OSError):  # the names in the folder, safe from a power cut
-            folder = os.open(os.path.dirname(files.register), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            sync_folder(os.path.dirname(files.register))
         return True
 
     def _finish_exchange(self) -> None:
@@ -4856,6 +4861,7 @@ class Smarthost:
         smtp.sock.settimeout(REPLY_SECONDS)
         # Else the dot waits 40 ms for the server to confirm what stands before it.
         smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        smtp.command_encoding = "utf-8"  # for addresses of SMTPUTF8
         smtp.ehlo_or_helo_if_needed()
         is_near = is_loopback(smtp.sock.getpeername()[0])
         if self.port != 465 and smtp.has_extn("starttls") and (user or not is_near):
@@ -4900,6 +4906,9 @@ class Smarthost:
         except (OSError, ValueError) as error:  # of smtplib, ssl and socket
             code, text = 0, str(error).encode()
             self.close()
+        except TrackerError as error:  # no password to be had
+            code, text, stage = 0, str(error).encode(), "login"
+            self.close()
         if code == 421:
             self.close()
         words = text if isinstance(text, bytes) else str(text).encode()
@@ -4937,10 +4946,12 @@ class Smarthost:
         reply = self._command("data", "DATA")
         if reply.code != 354:
             return reply._replace(code=reply.code if reply.code >= 400 else 0)
-        stuffed = re.sub(rb"(?m)^\.", b"..", message)
+        stuffed = message.replace(b"\n.", b"\n..")
+        stuffed = b"." + stuffed if stuffed[:1] == b"." else stuffed
         end = b".\r\n" if stuffed.endswith(b"\r\n") else b"\r\n.\r\n"
         try:
-            self._smtp.sock.sendall(stuffed)
+            for start in range(0, len(stuffed), 1 << 16):  # each with a timeout
+                self._smtp.sock.sendall(stuffed[start:start + (1 << 16)])
         except OSError as error:
             self.close()
             return Reply(0, str(error), "data")
@@ -4960,10 +4971,11 @@ class Smarthost:
         return code, text
 
     def deliver(self, sender: str, recipient: str, message: bytes,
-                before_dot: Callable[[], object] = int, options: str = "") -> Reply:
+                before_dot: Callable[[], object] = int, options: str = "",
+                rcpt_options: str = "") -> Reply:
         """Hand one message to one recipient; the reply's stage says how far it got."""
         reply = self.mail(sender, options)
-        reply = self.rcpt(recipient) if reply.is_ok else reply
+        reply = self.rcpt(recipient, rcpt_options) if reply.is_ok else reply
         reply = self.data(message, before_dot) if reply.is_ok else reply
         if not reply.is_ok and reply.stage != "dot":
             self.reset()
@@ -6120,6 +6132,876 @@ def _logged_in(options: argparse.Namespace) -> Iterator[Tuple[Any, str]]:
             raise TrackerError(f"{host}: {words or explain(error)}") from None
 
 
+# -- relay: a mail server for one's own mail programs ---------------------------
+
+RELAY_PORT = 2525
+MAX_SESSIONS = 32
+MAX_RECIPIENTS = 100      # RFC 5321, 4.5.3.1.8
+MAX_ERRORS = 20
+MAX_COMMAND = 2048        # bytes; 512 in RFC 5321, and parameters
+IDLE_SECONDS = 300.0      # RFC 5321, 4.5.3.2.7
+DATA_SECONDS = 3600.0     # for one message to come in
+ANSWER_SECONDS = 80.0     # after the dot; Thunderbird gives up after 100
+LEDGER_SECONDS = 86400.0  # in which a letter that failed is sent again
+DRAIN_MAIL = 10.0         # seconds for messages under way when the relay is stopped
+SPOOLED = 1 << 19         # bytes of a message beyond which it waits in a file
+HELD = 24 << 20           # bytes of messages that are worked on at once
+DEFAULT_SIZE = 50 << 20   # of a message, where the smarthost names none
+OWN_HEADER = 2000         # bytes that a message may grow by
+TAG_COLUMNS = ("id", "name", "email", "message_id")
+NO_HTTP = "421 4.7.0 this is a mail server"
+TOO_BIG = "552 5.3.4 message too big"
+STORED = Reply(250, "2.0.0 stored", "dot")
+
+# What a client may begin with: a web page can make a browser say all but these.
+_OPENERS = ("EHLO", "HELO", "NOOP", "RSET", "QUIT")
+_PATHS = {verb: re.compile(
+    word + r':\s*<(?:@[^:<>]*:)?((?:"(?:[^"\\]|\\.)*"|[^<>"\\\s])*)>((?: +\S+)*) *',
+    re.I)
+    for verb, word in (("MAIL", "FROM"), ("RCPT", "TO"))}
+_ANSWERS = {"NOOP": "250 2.0.0 ok", "VRFY": "252 2.5.2 send it, and see",
+            **dict.fromkeys(("EXPN", "ETRN", "HELP"), "502 5.5.1 not here")}
+# Named groups: what is passed on, to a smarthost with that extension.
+_PARAMETERS = {verb: re.compile(words, re.I) for verb, words in (
+    ("MAIL", r"SIZE=(?:\d{1,15})|BODY=(?:7BIT|8BITMIME)|AUTH=\S+|"
+             r"(?P<smtputf8>SMTPUTF8)|(?P<dsn>(?:RET|ENVID)=\S+)"),
+    ("RCPT", r"(?P<dsn>(?:NOTIFY|ORCPT)=\S+)"))}
+
+
+class Refusal(Exception):
+    """The answer to a command that is not obeyed."""
+
+
+class Envelope(NamedTuple):
+    """Whom a message is from and for; the options are those of MAIL and of RCPT."""
+
+    sender: str
+    options: str
+    recipients: Dict[str, str]
+
+
+def message_blocks(file: Any) -> Iterator[bytes]:
+    """Yield the blocks of a message as it comes; the last ends with its final dot.
+
+    Only CRLF.CRLF is an end: what other servers take for one could smuggle in a
+    second message. What is behind it stays in the file.
+    """
+    end, tail = -1, b"\r\n"
+    while end < 0:
+        block = file.peek(1)
+        if not block:
+            raise ConnectionAbortedError
+        end = (tail + block).find(b"\r\n.\r\n")
+        block = file.read(len(block) if end < 0 else end + 5 - len(tail))
+        tail = (tail + block)[-4:]
+        yield block
+
+
+def spooled(blocks: Iterable[bytes], spool: Any, limit: int) -> int:
+    """Put a message into a file and return its size; raise Refusal at its end."""
+    size, wrong = -3, ""
+    for block in blocks:
+        size += len(block)
+        wrong = wrong or TOO_BIG * (size > limit)
+        try:
+            if not wrong:
+                spool.write(block)
+        except OSError as error:
+            wrong = f"452 4.3.1 {explain(error)}"
+    if wrong:
+        raise Refusal(wrong)
+    spool.seek(0)
+    return size
+
+
+def received(raw: bytes) -> bytes:
+    """Return a message without the dots of SMTP, all its lines ended by CRLF."""
+    raw = raw.replace(b"\r\n.", b"\r\n")
+    raw = raw[1:] if raw[:1] == b"." else raw
+    if raw.count(b"\n") == raw.count(b"\r") == raw.count(b"\r\n"):
+        return raw
+    raw = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return raw.replace(b"\n", b"\r\n")
+
+
+def stamped(raw: bytes, token: str, new: str) -> bytes:
+    """Return a message with a line that tells loops, and with what must not be missing.
+
+    A Message-ID that a later server makes up, we would never learn. What was said
+    to us is taken out.
+    """
+    from email.utils import formatdate
+
+    head, now = _part_at(raw, 0).head, formatdate()
+    domain = _address_in(field(head, "From")).rpartition("@")[2] or "localhost"
+    lines = [f"Received: by localhost with ESMTP id {token}; {now}"]
+    if not field(head, "Message-ID"):
+        lines.append(f"Message-ID: <{new}@{domain}>")
+    if not field(head, "Date"):
+        lines.append(f"Date: {now}")
+    if wants_no_pixel(raw):
+        raw = without_field(raw, OPT_OUT)
+    return with_header_lines(raw, lines)
+
+
+def _address_in(value: str) -> str:
+    """Return the address in a header field such as From."""
+    return str(["", *_ANY_ADDRESS.findall(value)][-1])
+
+
+def letter_of(sender: str, raw: bytes) -> str:
+    """Return what stays of a letter when a mail program sends it once more.
+
+    That may renew Message-ID, Date, boundaries and Content-IDs; the user may take out
+    a recipient.
+    """
+    from hashlib import blake2b
+
+    parts = split(raw)
+    head = parts[0].head
+    digest = blake2b("\n".join([sender, field(head, "From"), field(head, "Subject")]
+                               ).encode("utf-8", "surrogateescape"), digest_size=8)
+    for part in parts:
+        body: Any = memoryview(raw)[part.start:part.end]
+        if part.type == "text/html":
+            body = re.sub(rb"cid:[^\"'>\s]+", b"", bytes(body).replace(b"=\r\n", b""))
+        if not part.type.startswith("multipart/"):
+            digest.update(body)
+    return digest.hexdigest()
+
+
+def recipient_of(letter: str, address: str) -> str:
+    """Return what stands for a recipient of a letter in the log: no address."""
+    from hashlib import blake2b
+
+    return blake2b(address.lower().encode(), key=letter.encode(), digest_size=4
+                   ).hexdigest()
+
+
+class Letter:
+    """Whom a letter has reached whose sender was not told yet that all have it."""
+
+    def __init__(self) -> None:
+        self.reached: Dict[str, str] = {}  # recipients, and when
+        self.busy: Set[str] = set()  # recipients to whom it is being sent
+        self.users = 0
+        self.tag = ""  # one that the log has of it
+        self.is_kept = False
+
+
+class Ledger:
+    """What keeps a letter that is sent again from those who have it already.
+
+    A letter to several may reach some only, and all that a mail program can do then
+    is to send it again, to all. The log tells the next relay of letters to several.
+    """
+
+    def __init__(self, path: str) -> None:
+        from threading import Condition
+
+        self._letters: Dict[str, Letter] = {}
+        self._change = Condition()
+        known, since = {}, utc_text(time.time() - LEDGER_SECONDS)
+        for event in read_log(path, b",sending,"):
+            if " " in event.detail and event.time >= since:
+                known[event.id] = event.detail.split(" ", 1)
+        for event in read_log(path, b",sent,"):
+            if event.id in known:
+                name, recipient = known[event.id]
+                letter = self._letters.setdefault(name, Letter())
+                letter.reached[recipient], letter.tag = event.time, event.id
+        for event in read_log(path, b",answered,"):
+            if event.detail in self._letters and event.time >= max(
+                    self._letters[event.detail].reached.values()):
+                del self._letters[event.detail]
+
+    @contextmanager
+    def opened(self, name: str, recipients: Collection[str]) -> Iterator[Letter]:
+        """Have a letter, as soon as nobody else is sending it to one of the same."""
+        with self._change:
+            self._sweep()
+            letter = self._letters.setdefault(name, Letter())
+            letter.users += 1
+            self._change.wait_for(lambda: letter.busy.isdisjoint(recipients))
+            letter.busy.update(recipients)
+        try:
+            yield letter
+        finally:
+            with self._change:
+                letter.busy.difference_update(recipients)
+                letter.users -= 1
+                self._change.notify_all()
+
+    def _sweep(self) -> None:
+        """Forget the letters that need no retry any more, or get none."""
+        since = utc_text(time.time() - LEDGER_SECONDS)
+        for name, letter in list(self._letters.items()):
+            if not letter.users and max(letter.reached.values(), default="") < since:
+                del self._letters[name]
+
+
+class Maildrop:
+    """A Maildir that mail is put into, up to a size."""
+
+    def __init__(self, path: str, most: int) -> None:
+        import mailbox
+        from threading import Lock
+
+        for name in ("tmp", "new", "cur"):
+            os.makedirs(os.path.join(path, name), 0o700, exist_ok=True)
+        self._path, self._most = path, most
+        self._maildir, self._lock = mailbox.Maildir(path), Lock()
+        self._used = self._measured()
+
+    def _measured(self) -> int:
+        """Return the size of all mail in it; some may be going just now."""
+        size = 0
+        for name in ("new", "cur"):
+            for entry in os.scandir(os.path.join(self._path, name)):
+                with suppress(FileNotFoundError):
+                    size += entry.stat().st_size
+        return size
+
+    def has_room(self, size: int) -> bool:
+        """Tell whether so much more fits in."""
+        if self._used + size > self._most:
+            self._used = self._measured()  # some may have been read and removed
+        return self._used + size <= self._most
+
+    def put(self, message: bytes) -> Reply:
+        """Store a message; it is on the disk, whole, or not there at all."""
+        with self._lock:
+            if not self.has_room(len(message)):
+                return Reply(452, "4.2.2 mailbox full", "dot")
+            try:
+                self._maildir.add(message.replace(b"\r\n", b"\n"))
+                sync_folder(os.path.join(self._path, "new"))
+            except OSError as error:
+                return Reply(452, f"4.3.1 {error.strerror}", "dot")
+            self._used += len(message)
+            return STORED
+
+
+def relay_answer(reply: Reply) -> str:
+    """Return what a client is told where the smarthost said this."""
+    if reply.stage == "connect":
+        text = f"451 4.4.1 smarthost cannot be reached: {reply.text}"
+    elif reply.stage == "login":
+        text = f"454 4.7.0 smarthost: {reply.text}"
+    elif not reply.code:
+        text = f"451 4.4.2 smarthost: {reply.text}"
+    else:  # 421 is for those who close the connection
+        text = f"{451 if reply.code == 421 else reply.code} {reply.text}"
+    return text[:500]
+
+
+def final_answer(replies: Mapping[str, Reply]) -> str:
+    """Return what a client is told of its message, which its user may get to read."""
+    bad = {address: reply for address, reply in replies.items() if not reply.is_ok}
+    lost = [address for address, reply in bad.items() if reply.is_lost]
+    first = next(iter((bad or replies).values()))
+    done = len(replies) - len(bad)
+    if not lost and (not done or all(reply is first for reply in replies.values())):
+        return relay_answer(first)
+    if not bad:
+        return f"250 2.0.0 handed on to {done}"
+    refused = [f"{address} ({reply})" for address, reply in bad.items()
+               if not reply.is_lost]
+    code = "554 5.3.0" if all(reply.code >= 500 for reply in bad.values()) \
+        else "451 4.3.0"
+    words = [f"sent to {done} of {len(replies)}"] * bool(done)
+    words += [f"may have been sent to {', '.join(lost)}"] * bool(lost)
+    words += [f"NOT to {', '.join(refused)}"] * bool(refused)
+    words += ["send again to reach only the rest"] * bool(done)
+    return f"{code} {'; '.join(words)}"[:500]
+
+
+class Passage:
+    """One message on its way, and what became of it for each recipient."""
+
+    def __init__(self, relay: Relay, smarthost: Smarthost, envelope: Envelope,
+                 raw: bytes) -> None:
+        self._relay, self._smarthost = relay, smarthost
+        self._sender, self._options, self._recipients = envelope
+        self.letter = letter_of(self._sender, raw)
+        self.keys = {address: recipient_of(self.letter, address)
+                     for address in self._recipients}
+        self.replies: Dict[str, Reply] = {}
+        self.tags: List[str] = []
+        head = _part_at(raw, 0).head
+        self.is_loop = any(relay.token in line for line in fields(head, "Received"))
+        self._senders = self._sender.lower(), _address_in(field(head, "From")).lower()
+        self._why = "no sender" if not self._sender else \
+            "not wanted" if wants_no_pixel(raw) else ""  # there is no pixel in it
+        self._ids = new_ids(os.urandom(32), len(self.keys))
+        self._made: Optional[Tuple[str, bytes]] = None  # with a pixel, not sent yet
+        self._raw = stamped(raw, relay.token, self._ids[0])
+        self._name = one_line(decoded_words(field(head, "Subject")))[:200]
+        self._message_id = field(_part_at(self._raw, 0).head, "Message-ID").strip("<>")
+
+    def run(self, letter: Letter, is_late: Callable[[], bool]) -> None:
+        """Send the message to all who do not have it, until it is late."""
+        self._is_listed = len(self.keys) > 1 or bool(letter.reached)
+        asked = [a for a in self.keys if not self._relay.maildrop(a)]
+        todo = [a for a, key in self.keys.items() if key not in letter.reached]
+        away = [a for a in asked if a in todo]
+        self.replies = {a: Reply(250, "2.0.0 sent before", "dot")
+                        for a in self.keys if a not in todo}
+        tagged = self._tagged_of(away)
+        if away and away == asked and (len(away) == 1 or not tagged):
+            self._send(letter, away, bool(tagged), self._smarthost.data)
+            if self.replies[away[0]].stage == "data":  # it still waits for one
+                self._smarthost.reset()
+        else:
+            self._smarthost.reset()
+            for address in takewhile(lambda _: not is_late(), away):
+                self._send(letter, [address], address in tagged,
+                           partial(self._deliver, address))
+        for address in (a for a in todo if a not in asked):
+            self._send(letter, [address], False, partial(self._store, address))
+        self._report(letter)
+
+    def close(self, letter: Letter) -> None:
+        """Forget whom the letter reached: its sender was told that all have it."""
+        for key in self.keys.values():
+            letter.reached.pop(key, None)
+        if letter.tag:
+            self._log("answered", letter.tag, self.letter)
+            letter.tag = ""
+
+    def _tagged_of(self, addresses: Sequence[str]) -> List[str]:
+        """Return those of some recipients whose copies get a pixel."""
+        tagged = [a for a in addresses if a.lower() not in self._senders]
+        self._why = self._why if tagged else "nobody to track"
+        if not self._why:
+            if self._relay.options.make_html:
+                self._raw = make_html(self._raw)
+            self._made = self._with_pixel()
+        return [] if self._why else tagged
+
+    def _with_pixel(self) -> Tuple[str, bytes]:
+        """Return the id of a new tag, and the message with it."""
+        made, self._made = self._made, None
+        if made:
+            return made
+        tag_id = self._ids.pop(0)
+        tag = self._relay.template.replace("{id}", tag_id)
+        message, self._why = with_pixel(self._raw, tag, self._relay.is_ours)
+        return tag_id, message
+
+    def _deliver(self, address: str, message: bytes, before_dot: Callable[[], object]
+                 ) -> Reply:
+        """Send a message to one recipient in a transaction of its own."""
+        return self._smarthost.deliver(self._sender, address, message, before_dot,
+                                       self._options, self._recipients[address])
+
+    def _send(self, letter: Letter, addresses: Sequence[str], is_tagged: bool,
+              hand: Callable[[bytes, Callable[[], object]], Reply]) -> None:
+        """Hand the message over for some recipients, or one with a pixel."""
+        tag_id, message = self._with_pixel() if is_tagged else ("", self._raw)
+        try:
+            reply = hand(message, lambda: self._record(tag_id, addresses[0]))
+        except (TrackerError, OSError) as error:
+            self._relay.lines.rarely(f"no row for a message: {explain(error)}")
+            reply = Reply(452, f"4.3.1 no room to note it: {explain(error)}", "data")
+            if self._relay.options.untracked_when_broken:
+                tag_id, reply = "", self._deliver(addresses[0], self._raw, int)
+        self.replies.update(dict.fromkeys(addresses, reply))
+        if tag_id and reply.stage == "dot" and reply.code:
+            self._log("sent" if reply.is_ok else "failed", tag_id,
+                      _masked(reply, addresses))
+        if reply.is_ok:
+            now = utc_text(time.time())
+            letter.reached.update({self.keys[a]: now for a in addresses})
+            self.tags += [tag_id] * bool(tag_id)
+            if tag_id and self._is_listed:
+                letter.tag = tag_id
+
+    def _record(self, tag_id: str, address: str) -> None:
+        """Note that a tag is being sent; it may have gone from now on."""
+        if tag_id:
+            now, place = utc_text(time.time()), f"{self.letter} {self.keys[address]}"
+            message_id = self._message_id * (not self._message_id.startswith(tag_id))
+            self._relay.write(
+                add_tags, [(tag_id, self._name, address, message_id)], Making(
+                    now, now, "sending", place * self._is_listed, TAG_COLUMNS))
+
+    def _log(self, kind: str, tag_id: str, detail: str) -> None:
+        event = Event(utc_text(time.time()), kind, tag_id, detail=detail)
+        try:
+            self._relay.write(append_events, [event])
+        except (TrackerError, OSError) as error:
+            self._relay.lines.rarely(explain(error))
+
+    def _store(self, address: str, message: bytes, _: Callable[[], object]) -> Reply:
+        """Put a message into the Maildir of its recipient."""
+        reply: Reply = self._relay.maildrop(address).put(with_header_lines(message, [
+            f"Return-Path: <{self._sender}>", f"Delivered-To: {address}"]))
+        return reply
+
+    def _report(self, letter: Letter) -> None:
+        """Keep a copy, and say what became of the message, without addresses."""
+        relay, done = self._relay, [a for a in self.replies if self.replies[a].is_ok]
+        bad = {reply for reply in self.replies.values() if not reply.is_ok}
+        if done and relay.keep and not letter.is_kept:
+            letter.is_kept = True
+            bad |= {relay.keep.put(self._raw)} - {STORED}
+        if done and not relay.options.quiet:
+            how = "tracked" if self.tags else f"not tracked: {self._why}"
+            relay.lines.line(f"relayed {','.join(self.tags) or 'a mail'} to "
+                             f"{plural(len(done), 'recipient')}, {how}")
+        for reply in bad:
+            relay.lines.line(f"not relayed: {_masked(reply, self.keys)}")
+
+
+def _masked(reply: Reply, addresses: Iterable[str]) -> str:
+    """Return a reply without addresses: it is for the log."""
+    return re.sub("|".join(map(re.escape, addresses)), "...", str(reply), flags=re.I)
+
+
+class Session:
+    """One client, served in a thread of its own; a do_ method obeys a command."""
+
+    def __init__(self, relay: Relay, connection: Any, peer: str) -> None:
+        from threading import Lock
+
+        self.is_busy = False  # with a message
+        self._is_waiting = False  # for others: nothing is read from the client
+        self._relay, self._smarthost = relay, smarthost_of(relay.options)
+        self._is_near = is_loopback(plain_address(peer))
+        self._is_encrypted = self._is_over = False
+        self._is_new, self._errors = True, 0
+        self._speaking = Lock()
+        self._use(connection)
+
+    def _use(self, connection: Any) -> None:
+        """Speak over a connection; what came over another one is forgotten."""
+        connection.settimeout(IDLE_SECONDS)
+        self._connection, self._file = connection, connection.makefile("rb", 1 << 16)
+        self._is_greeted = False
+        self._is_trusted = self._is_near and not self._relay.auth
+        self._envelope: Optional[Envelope] = None
+        self._limit(IDLE_SECONDS)
+
+    # -- what the thread that accepts connections may call ----------------------
+
+    def _limit(self, seconds: float, words: str = "421 4.4.2 too slow") -> None:
+        """Expire with some words in so many seconds."""
+        self._due, self._last_words = time.monotonic() + seconds, words
+
+    def expire(self, now: float, words: str = "") -> None:
+        """End the session if it is time, or with words now; its thread may go on."""
+        import socket
+
+        if not words and now < self._due:
+            return
+        line = (words or self._last_words).encode() + b"\r\n"
+        if self._speaking.acquire(blocking=False):
+            if not self._is_over and (self._is_waiting or not self._is_encrypted):
+                with suppress(OSError):
+                    self._connection.settimeout(0)
+                    self._connection.sendall(line)
+            self._is_over = True
+            self._speaking.release()
+        with suppress(OSError):  # not the method of SSLSocket: it may be reading
+            socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+
+    # -- lines --------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve the client until one of both has enough."""
+        try:
+            self._say("220 mailtracker ESMTP")
+            if not self._file.peek(1)[:1].isalpha():  # TLS, say
+                self._end(NO_HTTP)
+            while not self._is_over:
+                self._obey()
+        except OSError:
+            pass  # it has gone, or was sent away
+        finally:
+            for part in (self._smarthost, self._file, self._connection):
+                part.close()
+
+    def _say(self, line: str) -> bool:
+        """Say something, unless the session is over; tell whether that was possible."""
+        with self._speaking:
+            try:
+                if not self._is_over:
+                    self._connection.sendall(line.encode("ascii", "replace") + b"\r\n")
+            except OSError:
+                self._is_over = True
+            return not self._is_over
+
+    def _end(self, line: str) -> str:
+        self._say(line)
+        self._is_over = True
+        return ""
+
+    def _is_gone(self) -> bool:
+        """Tell whether the client has closed the connection, and said nothing more."""
+        try:
+            return bool(select.select([self._connection], [], [], 0)[0]) \
+                and not self._file.peek(1)
+        except OSError:
+            return True
+
+    def _line(self) -> str:
+        """Return the next command or answer of the client."""
+        self._limit(IDLE_SECONDS)
+        line = self._file.readline(MAX_COMMAND)
+        is_short = line.endswith(b"\n")
+        while not line.endswith(b"\n"):
+            line = self._file.readline(MAX_COMMAND)
+            if not line:
+                raise ConnectionAbortedError
+        text = str(line, "utf-8", "surrogateescape").rstrip("\r\n")
+        if not is_short or not text.isprintable():
+            raise Refusal("500 5.5.2 a line too long, or with strange characters")
+        return text
+
+    def _obey(self) -> None:
+        """Obey a command, and answer."""
+        try:
+            verb, _, rest = self._line().partition(" ")
+            verb, is_first, self._is_new = verb.upper(), self._is_new, False
+            answer, obey = _ANSWERS.get(verb, ""), getattr(self, f"do_{verb}", None)
+            if is_first and verb not in _OPENERS:
+                self._end(NO_HTTP)
+            elif obey:
+                answer = obey(rest.strip())
+            elif not answer:
+                raise Refusal("500 5.5.2 unknown command")
+        except Refusal as refusal:
+            self._errors += 1
+            answer = str(refusal)
+        if self._errors >= MAX_ERRORS:
+            self._end("421 4.7.0 too many errors")
+        elif answer:
+            self._say(answer)
+
+    # -- commands -----------------------------------------------------------------
+
+    def do_EHLO(self, rest: str) -> str:
+        """Greet, and say what is possible."""
+        words = [self.do_HELO(rest)[4:], *self._relay.offers]
+        words += ["STARTTLS"] * bool(self._relay.certificate and not self._is_encrypted)
+        words += ["AUTH PLAIN LOGIN"] * self._may_log_in()
+        return "".join(f"250-{word}\r\n" for word in words[:-1]) + f"250 {words[-1]}"
+
+    def do_HELO(self, rest: str) -> str:
+        """Greet a client of old."""
+        if not rest:
+            raise Refusal("501 5.5.4 say who you are")
+        self.do_RSET()
+        self._is_greeted = True
+        return "250 mailtracker"
+
+    def do_RSET(self, _: str = "") -> str:
+        """Forget the message that was begun."""
+        if self._envelope and self._is_trusted:
+            self._smarthost.reset()
+        self._envelope = None
+        return "250 2.0.0 ok"
+
+    def do_QUIT(self, _: str) -> str:
+        """Say goodbye."""
+        return self._end("221 2.0.0 bye")
+
+    def do_STARTTLS(self, _: str) -> str:
+        """Go on encrypted; what was sent ahead of that is thrown away."""
+        if not self._relay.certificate or self._is_encrypted:
+            raise Refusal("502 5.5.1 no TLS here, or already")
+        self._say("220 2.0.0 go ahead")
+        self.do_RSET()
+        self._file.close()
+        self._is_encrypted = True
+        self._use(self._relay.certificate.wrap(self._connection))
+        self._connection.do_handshake()
+        return ""
+
+    def _may_log_in(self) -> bool:
+        is_safe = self._is_near or self._is_encrypted
+        return self._relay.auth and is_safe and not self._is_trusted
+
+    def do_AUTH(self, rest: str) -> str:
+        """Let a client log in: with a password of its own, or at the smarthost."""
+        if not self._may_log_in() or self._envelope:
+            raise Refusal("503 5.5.1 not here, or not now")
+        try:
+            user, password = self._credentials(*rest.partition(" ")[::2])
+        except ValueError:
+            raise Refusal("501 5.5.2 that is no login") from None
+        reply = self._log_in(user, password)
+        self._is_trusted = reply.is_ok
+        if not reply.is_ok:
+            raise Refusal(relay_answer(reply))
+        return "235 2.7.0 welcome"
+
+    def _log_in(self, user: str, password: str) -> Reply:
+        """Return what the smarthost says to a login, or we."""
+        from hmac import compare_digest
+
+        if self._relay.options.auth == "pass":
+            self._smarthost.login = user, lambda: password, "password"
+            reply = self._smarthost.open()
+            is_wrong = reply.stage == "login" and reply.code >= 500
+            return reply._replace(stage="auth") if is_wrong else reply
+        if compare_digest(self._relay.login, f"{user}\0{password}".encode()):
+            return Reply(235, "", "auth")
+        time.sleep(1)  # against guessing
+        return Reply(535, "5.7.8 wrong user or password", "auth")
+
+    def _credentials(self, mechanism: str, first: str) -> Tuple[str, str]:
+        """Return the user and password that a client says; raise ValueError."""
+        if mechanism.upper() == "PLAIN":
+            _, user, password = (decoded(first) if first else self._ask("")).split("\0")
+            return user, password
+        if mechanism.upper() != "LOGIN":
+            raise Refusal("504 5.5.4 PLAIN or LOGIN")
+        user = decoded(first) if first else self._ask("VXNlcm5hbWU6")
+        return user, self._ask("UGFzc3dvcmQ6")
+
+    def _ask(self, prompt: str) -> str:
+        self._say(f"334 {prompt}")
+        return decoded(self._line())
+
+    def do_MAIL(self, rest: str) -> str:
+        """Begin a message."""
+        relay = self._relay
+        if not self._is_greeted or self._envelope:
+            raise Refusal("503 5.5.1 EHLO first, and one message at a time")
+        if not self._is_trusted and not relay.maildrops:
+            raise Refusal("530 5.7.0 log in first")
+        sender, options = self._path("MAIL", rest)
+        size = re.search(r" SIZE=(\d+)", rest, re.I)
+        if size and int(size[1]) > relay.limit:
+            raise Refusal(TOO_BIG)
+        options += " BODY=8BITMIME" * ("8bitmime" in relay.extensions)
+        reply = self._smarthost.mail(sender, options.strip()) if self._is_trusted \
+            else Reply(250, "2.1.0 ok", "mail")
+        if reply.is_ok:
+            self._envelope = Envelope(sender, options.strip(), {})
+        return relay_answer(reply)
+
+    def do_RCPT(self, rest: str) -> str:
+        """Take a recipient, if the smarthost does, or if we keep its mail."""
+        if not self._envelope:
+            raise Refusal("503 5.5.1 MAIL first")
+        address, options = self._path("RCPT", rest)
+        maildrop, reply = self._relay.maildrop(address), Reply(250, "2.1.5 ok", "rcpt")
+        for wrong, words in (
+                (not address, "501 5.1.3 nobody"),
+                (not maildrop and not self._is_trusted, "550 5.7.1 no relaying"),
+                (len(self._envelope.recipients) >= MAX_RECIPIENTS,
+                 "452 4.5.3 too many recipients"),
+                (maildrop and not maildrop.has_room(1), "452 4.2.2 mailbox full")):
+            if wrong:
+                raise Refusal(words)
+        if not maildrop and address not in self._envelope.recipients:
+            reply = self._smarthost.rcpt(address, options)
+        if reply.is_ok:
+            self._envelope.recipients[address] = options
+        return relay_answer(reply)
+
+    def _path(self, verb: str, rest: str) -> Tuple[str, str]:
+        """Return the address of MAIL or RCPT, and the parameters to pass on."""
+        found = _PATHS[verb].fullmatch(rest)
+        if not found or len(found[1]) > 254:  # 256 with its brackets
+            raise Refusal("501 5.1.7 no address in <>")
+        words = [_PARAMETERS[verb].fullmatch(word) for word in found[2].split()]
+        for word in words:
+            if not word or not {word.lastgroup} <= {None, *self._relay.extensions}:
+                raise Refusal("555 5.5.4 unknown parameter")
+        return found[1], " ".join(word[0] for word in words if word and word.lastgroup)
+
+    def do_DATA(self, _: str) -> str:
+        """Take a message, and send it on."""
+        envelope = self._envelope
+        if not envelope or not envelope.recipients:
+            raise Refusal("503 5.5.1 RCPT first")
+        self._envelope, self.is_busy = None, True
+        try:
+            self._say("354 end with a dot")
+            self._receive(envelope)
+        except Refusal:
+            self._smarthost.reset()
+            raise
+        finally:
+            self.is_busy = self._is_waiting = False
+        return ""
+
+    def _receive(self, envelope: Envelope) -> None:
+        """Read a message, on the disk if it is long, and send it when there is room."""
+        from tempfile import SpooledTemporaryFile
+
+        relay = self._relay
+        self._limit(DATA_SECONDS)
+        with SpooledTemporaryFile(SPOOLED) as spool:
+            size = spooled(message_blocks(self._file), spool, relay.limit)
+            self._limit(ANSWER_SECONDS, "451 4.4.7 the smarthost is still at it; "
+                        "send again later to reach only the rest")
+            self._is_waiting = True
+            with relay.room(size):
+                self._send(Passage(relay, self._smarthost, envelope,
+                                   received(spool.read(size))))
+
+    def _send(self, passage: Passage) -> None:
+        """Send a message on, and answer."""
+        if passage.is_loop:
+            raise Refusal("554 5.4.6 this message was here before")
+        with self._relay.ledger.opened(
+                passage.letter, passage.keys.values()) as letter:
+            if not self._is_over:
+                passage.run(letter, lambda: self._is_over)
+            if not self._is_over:
+                answer = final_answer(passage.replies)
+                if not self._is_gone() and self._say(answer) and answer[0] == "2":
+                    passage.close(letter)
+
+
+def decoded(text: str) -> str:
+    """Return what a client says in Base64; raise ValueError."""
+    from base64 import b64decode
+
+    return "" if text == "=" else str(b64decode(text, validate=True), "utf-8")
+
+
+def keep_little_memory() -> None:
+    """Let glibc give back what big messages took; it keeps 64 MB per thread else."""
+    from ctypes import CDLL
+
+    with suppress(AttributeError, OSError):  # another libc
+        CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, fixed
+
+
+class Relay:
+    """What the sessions share, and the loop that accepts them."""
+
+    TICK = 0.5  # seconds between two looks at what is due
+
+    def __init__(self, options: argparse.Namespace, files: Files, lines: Lines,
+                 certificate: Optional[Certificate]) -> None:
+        from threading import Condition, Lock
+
+        self.options, self.lines, self.certificate = options, lines, certificate
+        self.auth = options.auth in ("pass", "own")
+        self._base = base_url(options.server)
+        self.template = tag_template(self._base, options.path)
+        self.token = new_ids(os.urandom(32))[0]
+        self.maildrops = {domain: Maildrop(path, options.quota)
+                          for domain, path in options.local}
+        self.keep = Maildrop(options.keep, 1 << 62) if options.keep else None
+        self._files, self._writing = files, Lock()
+        self._held, self._room = 0, Condition()
+        self._sessions: Set[Session] = set()
+        _ensure_register(files, Making("", status="sending",
+                                       columns=TAG_COLUMNS).needed())
+        self.ledger = Ledger(files.log)
+        smarthost = smarthost_of(options)
+        reply = smarthost.open()
+        if not reply.is_ok:
+            raise TrackerError(f"smarthost {smarthost.host}: {reply}")
+        self.extensions = dict(smarthost.extensions)
+        smarthost.close()
+        user, password, _ = smarthost.login
+        self.login = f"{user}\0{password()}".encode() if options.auth == "own" else b""
+        size = self.extensions.get("size", "")
+        self.limit = int(size) if size.isdecimal() and int(size) else DEFAULT_SIZE
+        self.limit -= OWN_HEADER
+        self.offers = [f"SIZE {self.limit}", "8BITMIME", "PIPELINING",
+                       "ENHANCEDSTATUSCODES", *(e for e in ("SMTPUTF8", "DSN")
+                                                if e.lower() in self.extensions)]
+
+    def maildrop(self, address: str) -> Any:
+        """Return the Maildrop of an address; None for one that is elsewhere."""
+        return self.maildrops.get(address.rpartition("@")[2].lower())
+
+    def is_ours(self, source: str) -> bool:
+        """Tell whether an image in a message is a pixel of ours."""
+        ids = ids_in_path(source.encode("utf-8", "replace"))
+        return bool(ids) and (source.startswith(self._base + "/") or any(
+            any(lines_of_log(self._files.log, b",%b," % tag_id)) for tag_id in ids))
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """Take some of the memory as soon as there is as much, or all of it."""
+        with self._room:
+            self._room.wait_for(lambda: not self._held or self._held + size <= HELD)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._room:
+                self._held -= size
+                self._room.notify_all()
+
+    def write(self, how: Callable[..., object], *what: Any) -> None:
+        """Write to register and log; one session at a time waits for their locks."""
+        with self._writing:
+            how(self._files, *what)
+
+    def serve(self, listener: socket.socket, signals: Signals) -> None:
+        """Serve until a signal asks to stop; what is under way then gets its time."""
+        worker, due = Worker(self._files, 0), 0.0
+        awaited: List[Any] = [listener, signals.file]
+        worker.start()
+        listener.setblocking(False)
+        while not signals.stopping:
+            ready, _, _ = select.select(awaited, [], [], self.TICK)
+            if signals.file in ready:
+                signals.obey()
+            if listener in ready:
+                self._accept(listener)
+            if time.monotonic() >= due:
+                due = time.monotonic() + self.TICK
+                self._tick(worker)
+        listener.close()
+        deadline = time.monotonic() + DRAIN_MAIL
+        while self._sessions and time.monotonic() < deadline:
+            for session in list(self._sessions):
+                if not session.is_busy:
+                    session.expire(0, "421 4.3.2 stopped")
+            time.sleep(0.02)
+        worker.stop()
+
+    def _tick(self, worker: Worker) -> None:
+        for session in list(self._sessions):
+            session.expire(time.monotonic())
+        for line in worker.news():
+            self.lines.rarely(line)
+        try:
+            if self.certificate:
+                self.certificate.renew()
+        except TrackerError as error:
+            self.lines.rarely(str(error))
+
+    def _accept(self, listener: socket.socket) -> None:
+        import socket
+        from threading import Thread
+
+        try:
+            connection, peer = listener.accept()
+            if len(self._sessions) >= MAX_SESSIONS:
+                with connection:
+                    connection.send(b"421 4.3.2 too many connections\r\n")
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            Thread(target=self._run, args=(Session(self, connection, peer[0]),),
+                   daemon=True).start()
+        except BlockingIOError:
+            pass  # it has gone
+        except (OSError, RuntimeError) as error:  # no file or thread to be had
+            self.lines.rarely(str(error))
+            time.sleep(self.TICK)
+
+    def _run(self, session: Session) -> None:
+        self._sessions.add(session)
+        try:
+            session.run()
+        finally:
+            self._sessions.discard(session)
+
+
 # ---------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------
@@ -6896,7 +7778,8 @@ def add_others(commands: Any) -> None:
         help=argparse.SUPPRESS)
 
 
-def add_smarthost(add: Any, auth: Sequence[str], required: bool = True) -> None:
+def add_smarthost(add: Any, auth: Sequence[str], required: bool = True,
+                  how: str = "how to log in") -> None:
     """Add the options that say which mail server takes our mail."""
     add("--smarthost", metavar="HOST[:PORT]", type=smarthost_argument,
         required=required,
@@ -6905,8 +7788,92 @@ def add_smarthost(add: Any, auth: Sequence[str], required: bool = True) -> None:
     add("--user", default="", help="log in there as this user")
     add("--password-command", metavar="COMMAND", default="",
         help="a command that prints the password (default: $MAILTRACKER_PASSWORD)")
-    add("--auth", choices=auth, default=auth[0],
-        help="how to log in (default: %(default)s)")
+    add("--auth", choices=auth, default=auth[0], help=how + " (default: %(default)s)")
+
+
+def cmd_relay(options: argparse.Namespace) -> int:
+    """Send on the mail of any mail program, with a pixel for each recipient."""
+    files = Files(options.register, options.events)
+    options.server = options.server or os.environ.get("MAILTRACKER_SERVER", "")
+    certificate = Certificate(options.tls_cert, options.tls_key) \
+        if options.tls_cert else None
+    listener = passed_listener() if is_socket_passed() else make_listener(
+        options.host, options.port)
+    with listener, ExitStack() as stack:
+        check_relay(options, listener)
+        keep_little_memory()
+        lines, signals, ready = begin(options)
+        stack.enter_context(lines)
+        relay = Relay(options, files, lines, certificate)
+        stack.enter_context(pid_file(options.pidfile))
+        ready()
+        greet(listener, lines, "relaying mail at ")
+        relay.serve(listener, signals)
+    return 0
+
+
+def check_relay(options: argparse.Namespace, listener: socket.socket) -> None:
+    """Refuse a relay that all could use, that mails itself, or with useless options."""
+    check_quiet(options)
+    host, port = listener.getsockname()[:2]
+    is_safe = options.auth in ("pass", "own") and options.tls_cert
+    to, at = options.smarthost
+    for wrong, words in (
+            (not options.server, "--server: say where recipients find the pixels"),
+            (options.auth == "own" and not options.user, "--auth own needs --user"),
+            (options.auth == "pass" and (options.user or options.password_command),
+             "--auth pass goes without --user and --password-command"),
+            (at == port and (is_loopback(to) or to in (host, options.host)),
+             "--smarthost: that is this relay"),
+            (not is_loopback(host) and not is_safe and not options.local,
+             f"--host {host}: all could send as you; it needs --tls-cert, "
+             "and --auth pass or own")):
+        if wrong:
+            options.parser.error(words)
+
+
+def _local(text: str) -> Tuple[str, str]:
+    domain, _, path = text.partition("=")
+    if not domain or not path:
+        raise ValueError
+    return domain.lower(), path
+
+
+def add_relay(commands: Any) -> None:
+    """Add the options of the relay."""
+    add = add_command(commands, cmd_relay, "--smarthost smtp.x.org --user ann "
+                      "--server https://t.x.org").add_argument
+    file: Any = {"metavar": "FILE", "default": ""}
+    add_smarthost(add, ("password", "xoauth2", "pass", "own"), how="how to log in there"
+                  "; pass: as each mail program does here; own: with a password that "
+                  "mail programs must know as well")
+    add("--server", metavar="HOST|URL", default="",
+        help="where the pixels can be fetched (default: $MAILTRACKER_SERVER)")
+    add("--path", metavar="TEMPLATE", type=template_argument, default="/{id}.gif",
+        help="where they seem to lie (default: %(default)s)")
+    add("--host", metavar="ADDRESS", default="127.0.0.1",
+        help="listen on this address (default: %(default)s)")
+    add("--port", type=number_in(0, 65535), default=RELAY_PORT,
+        help="listen on this port (default: %(default)s; 0 takes a free one)")
+    add("--tls-cert", **file, help="offer STARTTLS with this certificate chain")
+    add("--tls-key", **file, help="the key of the certificate")
+    add("--make-html", action="store_true",
+        help="make HTML of plain text, which can hold no pixel")
+    add("--untracked-when-broken", action="store_true", help="where a row cannot be "
+        "written, send the mail without a pixel rather than not at all")
+    add("--keep", metavar="MAILDIR", default="",
+        help="keep a copy without pixel of each mail here")
+    add("--local", metavar="DOMAIN=MAILDIR", action="append", default=[],
+        type=argument(_local, "a domain, = and a folder"),
+        help="put mail for this domain here, whoever sends it; may be repeated")
+    add("--quota", metavar="SIZE", type=size_argument, default=1 << 30,
+        help="how much mail each of these takes (default: 1G)")
+    add("--daemon", action="store_true",
+        help="go on in the background; without --logfile it is silent")
+    add("--pidfile", **file, help="write the process id here")
+    add("--logfile", **file,
+        help="write lines here, not to stderr; SIGHUP opens it again")
+    add("--quiet", action="store_true", help="no line for each mail")
 
 
 def cmd_server(options: argparse.Namespace) -> int:
@@ -6918,11 +7885,7 @@ def cmd_server(options: argparse.Namespace) -> int:
     listener = passed_listener() if is_socket_passed() else make_listener(
         options.host or "", DEFAULT_PORT if options.port is None else options.port)
     with listener, ExitStack() as stack:
-        lines = Lines(options.logfile)
-        has_terminal = not options.daemon and (os.isatty(0) or os.isatty(2))
-        signals = Signals(
-            None if has_terminal and not options.logfile else lines.reopen)
-        ready = detach() if options.daemon else int
+        lines, signals, ready = begin(options)
         stack.enter_context(lines)
         on_open = stack.enter_context(
             OnOpen(options.on_open, options.on_open_first, lines)) \
@@ -6941,21 +7904,28 @@ def cmd_server(options: argparse.Namespace) -> int:
         for task in tasks:  # a disk that hangs must not hold up the end
             stack.enter_context(Background(task, lines.rarely, period=1.0, rest=5.0))
         ready()
-        greet(options, listener, lines)
+        greet(listener, lines, f"serving pixels on http{'s' * bool(certificate)}://",
+              f", counting in {options.register}")
         server.serve(signals)
         lines.line(f"{plural(tracker.hits, 'hit')} counted")
     return 0
 
 
-def greet(options: argparse.Namespace, listener: socket.socket, lines: Lines) -> None:
-    """Say that the server is ready, and where; tell systemd, as in sd_notify(3)."""
+def begin(options: argparse.Namespace
+          ) -> Tuple[Lines, Signals, Callable[[], object]]:
+    """Return the lines and signals of a server, and what to call when it is ready."""
+    lines = Lines(options.logfile)
+    has_terminal = not options.daemon and (os.isatty(0) or os.isatty(2))
+    signals = Signals(None if has_terminal and not options.logfile else lines.reopen)
+    return lines, signals, detach() if options.daemon else int
+
+
+def greet(listener: socket.socket, lines: Lines, what: str, why: str = "") -> None:
+    """Say that a server is ready, and where; tell systemd, as in sd_notify(3)."""
     import socket
 
     host, port = listener.getsockname()[:2]
-    scheme = "https" if options.tls_cert else "http"
-    where = f"[{host}]" if ":" in host else host
-    lines.line(f"serving pixels on {scheme}://{where}:{port}, "
-               f"counting in {options.register}")
+    lines.line(f"{what}{f'[{host}]' if ':' in host else host}:{port}{why}")
     path = os.environ.get("NOTIFY_SOCKET", "")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, suppress(OSError):
         notify.sendto(b"READY=1", re.sub("^@", "\0", path))  # a courtesy
@@ -6963,15 +7933,20 @@ def greet(options: argparse.Namespace, listener: socket.socket, lines: Lines) ->
 
 def check_server(options: argparse.Namespace, files: Files) -> None:
     """Refuse options that would have no effect, and files that are others already."""
-    is_silent = options.daemon and not options.logfile
+    check_quiet(options)
     for wrong, words in (
             (0 < options.rotate_events < 1 << 16, "--rotate-events: 64K or more"),
-            (options.quiet and is_silent,
-             "--quiet: a daemon without --logfile is silent anyway"),
             (is_socket_passed() and (options.host, options.port) != (None, None),
              "systemd passes the socket: leave out --host and --port")):
         if wrong:
             options.parser.error(words)
+
+
+def check_quiet(options: argparse.Namespace) -> None:
+    """Keep a server quiet of which nobody would hear."""
+    is_silent = options.daemon and not options.logfile
+    if options.quiet and is_silent:
+        options.parser.error("--quiet: a daemon without --logfile is silent anyway")
     options.quiet |= is_silent
 
 
@@ -7053,6 +8028,9 @@ def add_server(commands: Any) -> None:
 RULES = (
     ("server", "--tls-cert", "needs", "--tls-key"),
     ("server", "--tls-key", "needs", "--tls-cert"),
+    ("relay", "--tls-cert", "needs", "--tls-key"),
+    ("relay", "--tls-key", "needs", "--tls-cert"),
+    ("relay", "--quota", "needs", "--local"),
     ("server", "--on-open-first", "needs", "--on-open"),
     ("newtag", "--names-from", "goes without", "--name --count"),
     ("send", "--sample", "goes without", "TEMPLATE"),
@@ -7094,7 +8072,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version",
                         version=f"mailtracker {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (add_server, add_newtag, add_send, add_dump, add_scan, add_others):
+    for add in (add_server, add_newtag, add_send, add_relay, add_dump, add_scan,
+                add_others):
         add(commands)
     parser.set_defaults(commands=commands.choices)
     return parser
