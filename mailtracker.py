@@ -9,6 +9,7 @@ Make a tag, paste it into a mail, and let the server count its fetches:
     mailtracker.py server                        serve pixels, count hits
     mailtracker.py newtag --name john --server t.example.org
     mailtracker.py send news.html people.csv     send a mail with a pixel to each
+    mailtracker.py relay --smarthost smtp.x.org  put pixels into any program's mail
     mailtracker.py dump                          show the register
     mailtracker.py dump --id 7hq2vxw             show one tag with its history
     mailtracker.py scan ~/Maildir                find bounces, answers, receipts
@@ -34,6 +35,7 @@ The files, all beside each other:
     register.csv         the register: open it in any spreadsheet, edit, save
     register.csv.bak     the version of it that was replaced last
     register.csv.lock    held by the server; says up to where the log is settled
+    register.csv.*.send  held by a mailing
     register.csv.orig    the first register that was not in this program's form
     register.events.csv  the event log
 
