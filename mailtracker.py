@@ -4906,7 +4906,7 @@ class Smarthost:
             stage = "login" if is_login else stage
             self.close()
         except (OSError, ValueError) as error:  # of smtplib, ssl and socket
-            code, text = 0, str(error).encode()
+            code, text = 0, explain(error).encode()
             self.close()
         except TrackerError as error:  # no password to be had
             code, text, stage = 0, str(error).encode(), "login"
@@ -6896,15 +6896,15 @@ class Relay:
         self._files, self._writing = files, Lock()
         self._held, self._room = 0, Condition()
         self._sessions: Set[Session] = set()
-        _ensure_register(files, Making("", status="sending",
-                                       columns=TAG_COLUMNS).needed())
-        self.ledger = Ledger(files.log)
         smarthost = smarthost_of(options)
         reply = smarthost.open()
         if not reply.is_ok:
             raise TrackerError(f"smarthost {smarthost.host}: {reply}")
         self.extensions = dict(smarthost.extensions)
         smarthost.close()
+        _ensure_register(files, Making("", status="sending",
+                                       columns=TAG_COLUMNS).needed())
+        self.ledger = Ledger(files.log)
         user, password, _ = smarthost.login
         self.login = f"{user}\0{password()}".encode() if options.auth == "own" else b""
         size = self.extensions.get("size", "")
