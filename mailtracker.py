@@ -4245,6 +4245,9 @@ def tag_lines(columns: Sequence[str], rows: Iterable[Row], limit: Optional[int],
     status, created, email = (
         cell_of(columns, column) for column in ("status", "created", "email"))
     has_mail, states = "status" in columns, dict.fromkeys(STATUSES, 0)
+    heading = ["id", "name", "hits", "opens", *(
+        [f"last open ({zone})", "status"] if has_mail else
+        [f"last hit ({zone})", "last open", "created"])]
 
     def shown() -> Iterator[Row]:
         nonlocal tags, opened, hits, opens
@@ -4253,14 +4256,13 @@ def tag_lines(columns: Sequence[str], rows: Iterable[Row], limit: Optional[int],
             states[state] = states.get(state, 0) + 1
             tags, opened = tags + 1, opened + is_read(cells[3], state)
             hits, opens = hits + int(cells[2]), opens + int(cells[3])
-            minutes = (cell[:16].replace("T", " ") for cell in cells[4:6])
-            last = state if has_mail else created(row)[:10]
-            name = clean(cells[1] or email(row))
-            yield [short(cells[0], screen), name, *cells[2:4],
-                   *(clean(cell) or "-" for cell in (*minutes, last))]
+            last_hit, last_open = (cell[:16].replace("T", " ") for cell in cells[4:6])
+            rest = [last_open, state] if has_mail else [
+                last_hit, last_open, created(row)[:10]]
+            yield [short(cells[0], screen),
+                   clean(", ".join(filter(None, (cells[1], email(row))))), *cells[2:4],
+                   *(clean(cell) or "-" for cell in rest)]
 
-    heading = ["id", "name", "hits", "opens", f"last hit ({zone})", "last open",
-               "status" if has_mail else "created"]
     yield from table_lines(heading, shown(), 1, screen)
     left = sum(1 for _ in rows)
     yield f"{f'{tags} of ' * bool(left)}{plural(tags + left, 'tag')}, " \

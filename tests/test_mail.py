@@ -140,7 +140,8 @@ def test_dump_shows_statuses_and_counts_a_reply_as_read(files, run):
     lines = run("dump", files.register)[1].splitlines()
     assert lines[0].split()[-1] == "status"
     assert [line.split()[-1] for line in lines[1:4]] == ["replied", "failed", "queued"]
-    assert [line.split()[1] for line in lines[1:4]] == ["Ann", "Ann", "c@x.org"]
+    assert [line[23:40].strip() for line in lines[1:4]] == [
+        "Ann, ann0@x.org", "Ann, ann1@x.org", "c@x.org"]
     assert lines[-1] == ("3 tags, 1 opened, 0 hits, 0 opens, "
                          "1 queued, 1 failed, 1 replied")
 
