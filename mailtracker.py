@@ -7133,7 +7133,7 @@ bob@example.org,,20
 
 
 def cmd_send(options: argparse.Namespace) -> int:
-    """Send each person of a list a mail with a pixel, and nobody two."""
+    """Send each person of a list one mail, with a pixel of its own."""
     if options.sample:
         return write_samples()
     if not options.recipients:
@@ -7371,7 +7371,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Row],
 
 
 def cmd_scan(options: argparse.Namespace) -> int:
-    """Find in a mailbox which mail bounced, was answered or was shown."""
+    """Find in a mailbox which mail bounced or was answered."""
     files = Files(options.register, options.events)
     register_path(files)
     if not options.follow:
@@ -7796,7 +7796,7 @@ def add_smarthost(add: Any, auth: Sequence[str], required: bool = True,
 
 
 def cmd_relay(options: argparse.Namespace) -> int:
-    """Send on the mail of any mail program, with a pixel for each recipient."""
+    """Put pixels into the mail of any mail program, and send it on."""
     files = Files(options.register, options.events)
     options.server = options.server or os.environ.get("MAILTRACKER_SERVER", "")
     certificate = Certificate(options.tls_cert, options.tls_key) \
