@@ -27,10 +27,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import mailtracker
-from conftest import eventually, launch, linux, log_rows, register_rows, shown
-from mailtracker import Relay
-from smtp_server import EXTENSIONS, FakeSmarthost, chaos
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)] * (__name__ == "__main__")
+import mailtracker  # noqa: E402
+from conftest import (  # noqa: E402
+    eventually, launch, linux, log_rows, register_rows, shown)
+from mailtracker import Relay  # noqa: E402
+from smtp_server import EXTENSIONS, FakeSmarthost, chaos  # noqa: E402
 
 HEAD = (b"From: Ann <ann@x.org>\r\nTo: bob@y.org\r\n"
         b"Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n"
