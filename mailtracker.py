@@ -5487,8 +5487,10 @@ class Plan:
                 for tag_id in ids}
 
     def _campaign(self, name: str) -> Dict[str, str]:
-        """Return the ids of a campaign's mails by key."""
+        """Return the ids of a campaign's mails by key, as log or register tell."""
         ids = {tag_id for tag_id, detail in self._events("queued") if detail == name}
+        ids.update(tag_id for tag_id, mail in self._mails.items()
+                   if mail.get("campaign") == name)
         if not ids <= self._mails.keys():
             raise TrackerError(
                 f"the register has lost addresses of the campaign {name}, so nobody "

@@ -312,6 +312,17 @@ def test_each_gets_one_and_a_second_run_sends_only_to_new_rows(send, host, files
     assert "@" not in Path(files.log).read_text()
 
 
+@pytest.mark.parametrize("lost", ["the log", "the column campaign"])
+def test_who_got_one_is_known_from_log_or_register(lost, send, host, files):
+    assert send()[0] == 0 and mailtracker.settle(files)
+    if lost == "the log":
+        os.unlink(files.log)
+    else:
+        register = Path(files.register)
+        register.write_text(register.read_text().replace(",a,", ",,"))
+    assert send()[1] == "0 sent, 0 failed, 0 left of 0\n" and len(host.messages) == 3
+
+
 def test_two_templates_share_the_people_the_same_way_each_time(send, host, files):
     Path("b.html").write_text(HTML.replace("Hello", "Good day"))
     Path("list.csv").write_text("email,name\n" + "".join(
