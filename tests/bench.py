@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import signal
+import smtplib
 import socket
 import subprocess
 import sys
@@ -60,6 +61,10 @@ BARS: dict[str, tuple[Any, ...]] = {
     "rejudge": ("rejudge, {tags} events, to reading them", "<=", 4, "x"),
     "rejudge first": ("    the first time, 1 verdict in 20 is old", "<=", 4, "x"),
     "rejudge memory": ("    peak memory, the highest", "<=", 100, "MB"),
+    "mail": ("mails/s through the relay, one recipient", ">=", 150, "/s"),
+    "mail relay": ("    of it, to the smarthost itself",),
+    "mail send": ("    of send, to the smarthost itself",),
+    "mail scan": ("messages/s that scan reads, of an mbox", ">=", 1500, "/s"),
     "exact": ("hits answered in the whole run, in the log", "<=", 0, "off"),
     "exact register": ("    in the register after the stop", "<=", 0, "off"),
 }
@@ -447,6 +452,71 @@ def measure_rejudge(lab: Lab) -> Iterator[Reading]:
     yield lab.against("rejudge", rejudge, READ, tags.log)
     peak = max(megabytes for _, megabytes in used)
     yield "rejudge memory", peak, f"{peak:.0f} MB"
+
+
+MAIL = (b"From: Ann <ann@x.org>\r\nTo: bob@y.org\r\nSubject: Hello\r\n"
+        b"Message-ID: <%d@x.org>\r\nContent-Type: text/html\r\n\r\n"
+        b"<p>Dear Bob,</p>\r\n")
+# A mailbox is mostly of mail that tells of no tag: three in five here.
+MAILBOX = (MAIL, MAIL, MAIL, b"In-Reply-To: <other@x.org>\r\n" + MAIL,
+           b"Return-Path: <>\r\nAuto-Submitted: auto-replied\r\n" + MAIL)
+
+
+@contextmanager
+def listening(*command: Any) -> Iterator[int]:
+    """Run a mail server that says its port in its first line, until stdin ends."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
+        try:
+            yield int(re.split(rb"[ :]", process.stdout.readline().strip())[-1])
+        finally:
+            process.terminate()
+            process.stdin.close()
+
+
+def hand_in(port: int, number: int) -> float:
+    """Hand in so many mails over 4 connections; return how many a second that was."""
+    def one(share: int) -> None:
+        with smtplib.SMTP(HOST, port, local_hostname="x") as smtp:
+            for mail in range(share, number, 4):
+                smtp.sendmail("ann@x.org", ["bob@y.org"], MAIL % mail)
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one, range(4)))
+    return number / (time.monotonic() - began)
+
+
+def measure_mail(lab: Lab) -> Iterator[Reading]:
+    """Send mail through the relay, and by send; read a mailbox."""
+    number, place = lab.size // 2500, lab.place / "mail"
+    place.mkdir()
+    register, mbox = Tags(place / "r"), place / "mbox"
+    smarthost = sys.executable, SCRIPT.parent / "tests/smtp_server.py", "--store"
+    with listening(*smarthost, place / "store") as port, listening(*lab.command(
+            "relay", register, "--port", 0, "--quiet", "--server", HOST, "--smarthost",
+            f"{HOST}:{port}")) as relay:
+        pairs = [(hand_in(relay, number), hand_in(port, number))
+                 for _ in range(lab.options.rounds)]
+        rates = sorted(ours for ours, _ in pairs)
+        yield "mail", median(rates), f"{median(rates):.0f} ({rates[0]:.0f} to " \
+            f"{rates[-1]:.0f}), 4 connections"
+        share = median(ours / theirs for ours, theirs in pairs)
+        yield "mail relay", share, f"{share:.2f} of {median(r for _, r in pairs):,.0f}"
+        (place / "a.html").write_text("Subject: Hello\n\n<p>Dear {name},</p>\n")
+        (place / "list.csv").write_text("email,name\n" + "".join(
+            f"p{n}@y.org,P\n" for n in range(number)))
+        seconds = metered(*lab.command(
+            "send", register, place / "a.html", place / "list.csv", "--yes", "--from",
+            "ann@x.org", "--server", HOST, "--smarthost", f"{HOST}:{port}"))[0]
+        share = number / seconds / median(r for _, r in pairs)
+        yield "mail send", share, f"{share:.2f}, {number / seconds:.0f}/s"
+    mails = lab.size // 100
+    mbox.write_bytes(b"".join(
+        b"From x\n%b\n\n" % (MAILBOX[n % 5] % n + b"x" * 60 + b"\r\n" * 80)
+        for n in range(mails)))
+    rate = mails / metered(*lab.command("scan", register, mbox, "--since", "9999d"))[0]
+    yield "mail scan", rate, f"{rate:,.0f}, of {mails:,}"
 
 
 def measure_exact(lab: Lab) -> Iterator[Reading]:
