@@ -5379,10 +5379,9 @@ class Mailing:
         self.campaign = clean(one_line(name).strip())
         self.columns = ("id", "name", "email", "campaign", "variant")[
             :5 if self._templates[1:] else 4]
-        server = options.server or os.environ.get("MAILTRACKER_SERVER", "")
-        if not server and any(one.has_html for one in self._templates):
+        if not options.server and any(one.has_html for one in self._templates):
             raise TrackerError("say --server HOST: where mail programs fetch the pixel")
-        self._base = base_url(server) if server else ""
+        self._base = base_url(options.server) if options.server else ""
         self._link = options.unsubscribe or (
             self._base + "/u/{id}" if self._base.startswith("https:") else "")
         self._bounces = options.bounce_address or "{user}@{domain}"
@@ -7017,11 +7016,10 @@ class Relay:
 
 def cmd_newtag(options: argparse.Namespace) -> int:
     """Make tags and print them."""
-    server = options.server or os.environ.get("MAILTRACKER_SERVER", "")
-    if not server:
+    if not options.server:
         note("this tag works only on this machine; "
              "say --server HOST for one that others can reach")
-    template = tag_template(base_url(server or "localhost", options.port),
+    template = tag_template(base_url(options.server or "localhost", options.port),
                             options.path, options.format)
     people = People(options.names_from) if options.names_from else None
     names = people.names if people else [options.name] * options.count
@@ -7653,8 +7651,7 @@ def add_newtag(commands: Any) -> None:
     add = add_command(commands, cmd_newtag,
                       "--name john --server https://t.example.org").add_argument
     add("--name", default="", help="what you will know the tag by")
-    add("--server", metavar="HOST|URL", default="",
-        help="where the server can be reached (default: $MAILTRACKER_SERVER)")
+    add_pixel_server(add)
     add("--port", type=number_in(1, 65535),
         help=f"the port in the URL (default: {DEFAULT_PORT} for a bare host)")
     add("--path", metavar="TEMPLATE", type=template_argument, default="/{id}.gif",
@@ -7690,8 +7687,7 @@ def add_send(commands: Any) -> None:
     add_smarthost(add, ("password", "xoauth2"), required=False)
     add("--from", metavar="ADDRESS", dest="sender", type=mailbox_argument,
         help="'Ann <ann@x.org>' (default: the From of the template)")
-    add("--server", metavar="HOST|URL", default="",
-        help="where the pixel server can be reached (default: $MAILTRACKER_SERVER)")
+    add_pixel_server(add)
     add("--campaign", metavar="NAME", default="", help="who got a mail of this name "
         "gets no other (default: the file name of the template)")
     add("--where", metavar="COLUMN=GLOB", type=condition_argument, action="append",
@@ -7784,6 +7780,26 @@ def add_others(commands: Any) -> None:
         help=argparse.SUPPRESS)
 
 
+def add_pixel_server(add: Any) -> None:
+    """Add the option that says where pixels are fetched."""
+    add("--server", metavar="HOST|URL",
+        default=os.environ.get("MAILTRACKER_SERVER", ""),
+        help="where the pixel server can be reached (default: $MAILTRACKER_SERVER)")
+
+
+def add_service(add: Any, line: str) -> None:
+    """Add the options of what runs for long, and says a line for each of something."""
+    file: Any = {"metavar": "FILE", "default": ""}
+    add("--tls-cert", **file, help="encrypt with this certificate chain")
+    add("--tls-key", **file, help="the key of the certificate")
+    add("--daemon", action="store_true",
+        help="go on in the background; without --logfile it is silent")
+    add("--pidfile", **file, help="write the process id here")
+    add("--logfile", **file,
+        help="write lines here, not to stderr; SIGHUP opens it again")
+    add("--quiet", action="store_true", help=f"no line for each {line}")
+
+
 def add_smarthost(add: Any, auth: Sequence[str], required: bool = True,
                   how: str = "how to log in") -> None:
     """Add the options that say which mail server takes our mail."""
@@ -7800,7 +7816,6 @@ def add_smarthost(add: Any, auth: Sequence[str], required: bool = True,
 def cmd_relay(options: argparse.Namespace) -> int:
     """Put pixels into the mail of any mail program, and send it on."""
     files = Files(options.register, options.events)
-    options.server = options.server or os.environ.get("MAILTRACKER_SERVER", "")
     certificate = Certificate(options.tls_cert, options.tls_key) \
         if options.tls_cert else None
     listener = passed_listener() if is_socket_passed() else make_listener(
@@ -7849,20 +7864,17 @@ def add_relay(commands: Any) -> None:
     """Add the options of the relay."""
     add = add_command(commands, cmd_relay, "--smarthost smtp.x.org --user ann "
                       "--server https://t.x.org").add_argument
-    file: Any = {"metavar": "FILE", "default": ""}
     add_smarthost(add, ("password", "xoauth2", "pass", "own"), how="how to log in there"
                   "; pass: as each mail program does here; own: with a password that "
                   "mail programs must know as well")
-    add("--server", metavar="HOST|URL", default="",
-        help="where the pixels can be fetched (default: $MAILTRACKER_SERVER)")
+    add_pixel_server(add)
     add("--path", metavar="TEMPLATE", type=template_argument, default="/{id}.gif",
         help="where they seem to lie (default: %(default)s)")
     add("--host", metavar="ADDRESS", default="127.0.0.1",
         help="listen on this address (default: %(default)s)")
     add("--port", type=number_in(0, 65535), default=RELAY_PORT,
         help="listen on this port (default: %(default)s; 0 takes a free one)")
-    add("--tls-cert", **file, help="offer STARTTLS with this certificate chain")
-    add("--tls-key", **file, help="the key of the certificate")
+    add_service(add, "mail")
     add("--make-html", action="store_true",
         help="make HTML of plain text, which can hold no pixel")
     add("--untracked-when-broken", action="store_true", help="where a row cannot be "
@@ -7874,12 +7886,6 @@ def add_relay(commands: Any) -> None:
         help="put mail for this domain here, whoever sends it; may be repeated")
     add("--quota", metavar="SIZE", type=size_argument, default=1 << 30,
         help="how much mail each of these takes (default: 1G)")
-    add("--daemon", action="store_true",
-        help="go on in the background; without --logfile it is silent")
-    add("--pidfile", **file, help="write the process id here")
-    add("--logfile", **file,
-        help="write lines here, not to stderr; SIGHUP opens it again")
-    add("--quiet", action="store_true", help="no line for each mail")
 
 
 def cmd_server(options: argparse.Namespace) -> int:
@@ -7987,7 +7993,6 @@ def add_server(commands: Any) -> None:
     """Add the options of the server."""
     add = add_command(commands, cmd_server,
                       "--port 56789 --register register.csv").add_argument
-    file: Any = {"metavar": "FILE", "default": ""}
     networks: Any = {"metavar": "NET", "type": network_argument, "action": "append",
                      "default": []}
     add("--host", metavar="ADDRESS",
@@ -7996,16 +8001,9 @@ def add_server(commands: Any) -> None:
         help=f"listen on this port (default: {DEFAULT_PORT}; 0 takes a free one)")
     add("--trusted-proxy", **networks, help="believe X-Forwarded-For from this address "
         "or network; may be repeated")
-    add("--tls-cert", **file, help="serve https with this certificate chain")
-    add("--tls-key", **file, help="the key of the certificate")
+    add_service(add, "hit")
     add("--fsync", choices=("second", "always", "never"), default="second",
         help="how soon a hit must survive a power cut (default: %(default)s)")
-    add("--daemon", action="store_true",
-        help="go on in the background; without --logfile it is silent")
-    add("--pidfile", **file, help="write the process id here")
-    add("--logfile", **file,
-        help="write lines here, not to stderr; SIGHUP opens it again")
-    add("--quiet", action="store_true", help="no line for each hit")
     add("--rotate-events", metavar="SIZE", type=size_argument, default=0,
         help="begin a new log file at this size, such as 100M; old ones get a number")
     add("--compose-window", metavar="SECONDS", type=number_in(0, 10 ** 9 - 1),
