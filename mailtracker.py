@@ -1143,9 +1143,10 @@ class Register(Table):
         blank = {"hits": "0", "opens": "0", "created": making.created,
                  "sent": making.sent, "status": making.status, **places}
         row = self.delimiter.join(blank.get(c, "") for c in self.columns) + self.eol
-        return "".join([
-            row.format(tag_id, *[self.quoted(escape_formula(text)) for text in texts])
-            for tag_id, *texts in tags])
+        is_plain, fill = _PLAIN.fullmatch, row.format
+        return "".join([fill(*[
+            text if is_plain(text) else self.quoted(escape_formula(text))
+            for text in tag]) for tag in tags])
 
     def cells(self, raw: str) -> List[str]:
         """Return the cells of one record."""
