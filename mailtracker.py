@@ -4363,6 +4363,7 @@ def json_value(column: str, cell: str) -> Any:
 OPT_OUT = "X-Mailtracker"
 MOST_PARTS = 1000  # of a message; what comes after them stays in the last
 CLIPPED = 90_000  # bytes of HTML; Gmail shows the first 102 KB or so
+MOST_HTML = 4_000_000  # bytes; finding the place takes up to 40 times as much memory
 
 # The first line that belongs to no header field; all of it, if it is blank.
 _HEAD_END = re.compile(rb"^(?!From |(?!--)[!-9;-~]+[ \t]*:|[ \t])(?:\r?\n)?", re.M)
@@ -4648,6 +4649,8 @@ def _unfit(raw: bytes, part: Part) -> str:
     """Return why a leaf cannot be changed without harm; empty if it can."""
     from binascii import b2a_base64
 
+    if part.end - part.start > MOST_HTML:
+        return "very long"
     (coding, charset), body = _coding(part), raw[part.start:part.end]
     data, codec = _payload(body, coding), _byte_codec(charset)
     if fields(part.head, "Content-MD5"):
@@ -5369,6 +5372,12 @@ def recipients(path: str, where: Sequence[Tuple[str, str]], problems: Problems
     return list(found.values())
 
 
+def bounce_address(template: str, user: str, domain: str, tag_id: str) -> str:
+    """Return the address to which a mail of user@domain with a tag bounces."""
+    words = {"user": user, "domain": domain, "id": tag_id}
+    return re.sub(r"\{(user|domain|id)\}", lambda word: words[word[1]], template)
+
+
 class Mailing:
     """What makes the mails: templates, the sender, and where pixels are served."""
 
@@ -5404,9 +5413,7 @@ class Mailing:
 
     def envelope(self, tag_id: str) -> str:
         """Return the address to which a mail bounces."""
-        words = {"user": self._user, "domain": self.domain, "id": tag_id}
-        return re.sub(r"\{(user|domain|id)\}", lambda word: words[word[1]],
-                      self._bounces)
+        return bounce_address(self._bounces, self._user, self.domain, tag_id)
 
     def message(self, who: Recipient, wrong: Callable[[str], object] = len
                 ) -> Tuple[bytes, str]:
@@ -6390,15 +6397,10 @@ class Maildrop:
 
 def relay_answer(reply: Reply) -> str:
     """Return what a client is told where the smarthost said this."""
-    if reply.stage == "connect":
-        text = f"451 4.4.1 smarthost cannot be reached: {reply.text}"
-    elif reply.stage == "login":
-        text = f"454 4.7.0 smarthost: {reply.text}"
-    elif not reply.code:
-        text = f"451 4.4.2 smarthost: {reply.text}"
-    else:  # 421 is for those who close the connection
-        text = f"{451 if reply.code == 421 else reply.code} {reply.text}"
-    return text[:500]
+    words = {"connect": "451 4.4.1 smarthost cannot be reached:",
+             "login": "454 4.7.0 smarthost:"}.get(reply.stage, "")
+    code = 451 if reply.code == 421 else reply.code  # we do not end the connection
+    return f"{words or code or '451 4.4.2 smarthost:'} {reply.text}"[:500]
 
 
 def final_answer(replies: Mapping[str, Reply]) -> str:
@@ -6454,15 +6456,16 @@ class Passage:
         self.replies = {a: Reply(250, "2.0.0 sent before", "dot")
                         for a in self.keys if a not in todo}
         tagged = self._tagged_of(away)
-        if away and away == asked and (len(away) == 1 or not tagged):
+        is_open = away == asked and (not tagged or len(away) == 1
+                                     and not self._relay.options.bounce_address)
+        if away and is_open:
             self._send(letter, away, bool(tagged), self._smarthost.data)
             if self.replies[away[0]].stage == "data":  # it still waits for one
                 self._smarthost.reset()
         else:
             self._smarthost.reset()
             for address in takewhile(lambda _: not is_late(), away):
-                self._send(letter, [address], address in tagged,
-                           partial(self._deliver, address))
+                self._send(letter, [address], address in tagged)
         for address in (a for a in todo if a not in asked):
             self._send(letter, [address], False, partial(self._store, address))
         self._report(letter)
@@ -6495,23 +6498,28 @@ class Passage:
         message, self._why = with_pixel(self._raw, tag, self._relay.is_ours)
         return tag_id, message
 
-    def _deliver(self, address: str, message: bytes, before_dot: Callable[[], object]
-                 ) -> Reply:
-        """Send a message to one recipient in a transaction of its own."""
-        return self._smarthost.deliver(self._sender, address, message, before_dot,
-                                       self._options, self._recipients[address])
-
     def _send(self, letter: Letter, addresses: Sequence[str], is_tagged: bool,
-              hand: Callable[[bytes, Callable[[], object]], Reply]) -> None:
-        """Hand the message over for some recipients, or one with a pixel."""
+              hand: Optional[Callable[[bytes, Callable[[], Any]], Reply]] = None
+              ) -> None:
+        """Hand the message over for some recipients, or one with a pixel.
+
+        Without hand, that is a transaction of its own.
+        """
+        def deliver(message: bytes, before_dot: Callable[[], Any]) -> Reply:
+            return self._smarthost.deliver(
+                self._envelope_sender(tag_id), addresses[0], message, before_dot,
+                self._options, self._recipients[addresses[0]])
+
         tag_id, message = self._with_pixel() if is_tagged else ("", self._raw)
         try:
-            reply = hand(message, lambda: self._record(tag_id, addresses[0]))
+            reply = (hand or deliver)(message,
+                                      lambda: self._record(tag_id, addresses[0]))
         except (TrackerError, OSError) as error:
             self._relay.lines.rarely(f"no row for a message: {explain(error)}")
             reply = Reply(452, f"4.3.1 no room to note it: {explain(error)}", "data")
             if self._relay.options.untracked_when_broken:
-                tag_id, reply = "", self._deliver(addresses[0], self._raw, int)
+                tag_id = ""
+                reply = deliver(self._raw, int)
         self.replies.update(dict.fromkeys(addresses, reply))
         if tag_id and reply.stage == "dot" and reply.code:
             self._log("sent" if reply.is_ok else "failed", tag_id,
@@ -6522,6 +6530,12 @@ class Passage:
             self.tags += [tag_id] * bool(tag_id)
             if tag_id and self._is_listed:
                 letter.tag = tag_id
+
+    def _envelope_sender(self, tag_id: str) -> str:
+        template, (user, _, domain) = (self._relay.options.bounce_address,
+                                       self._sender.rpartition("@"))
+        return bounce_address(template, user, domain, tag_id) if template and tag_id \
+            else self._sender
 
     def _record(self, tag_id: str, address: str) -> None:
         """Note that a tag is being sent; it may have gone from now on."""
@@ -6549,7 +6563,7 @@ class Passage:
         """Keep a copy, and say what became of the message, without addresses."""
         relay, done = self._relay, [a for a in self.replies if self.replies[a].is_ok]
         bad = {reply for reply in self.replies.values() if not reply.is_ok}
-        if done and relay.keep and not letter.is_kept:
+        if relay.keep and not letter.is_kept and not all(map(relay.maildrop, done)):
             letter.is_kept = True
             bad |= {relay.keep.put(self._raw)} - {STORED}
         if done and not relay.options.quiet:
@@ -7854,6 +7868,11 @@ def check_relay(options: argparse.Namespace, listener: socket.socket) -> None:
             options.parser.error(words)
 
 
+def _bounces(text: str) -> str:
+    address_in(bounce_address(text, "ann", "x.org", new_ids(bytes(16))[0]))
+    return text
+
+
 def _local(text: str) -> Tuple[str, str]:
     domain, _, path = text.partition("=")
     if not domain or not path:
@@ -7876,6 +7895,9 @@ def add_relay(commands: Any) -> None:
     add("--port", type=number_in(0, 65535), default=RELAY_PORT,
         help="listen on this port (default: %(default)s; 0 takes a free one)")
     add_service(add, "mail")
+    add("--bounce-address", metavar="TEMPLATE",
+        type=argument(_bounces, "an address such as '{user}+{id}@{domain}'"),
+        help="where mail with a pixel bounces to: '{user}+{id}@{domain}'")
     add("--make-html", action="store_true",
         help="make HTML of plain text, which can hold no pixel")
     add("--untracked-when-broken", action="store_true", help="where a row cannot be "
@@ -7924,8 +7946,7 @@ def cmd_server(options: argparse.Namespace) -> int:
     return 0
 
 
-def begin(options: argparse.Namespace
-          ) -> Tuple[Lines, Signals, Callable[[], object]]:
+def begin(options: argparse.Namespace) -> Tuple[Lines, Signals, Callable[[], Any]]:
     """Return the lines and signals of a server, and what to call when it is ready."""
     lines = Lines(options.logfile)
     has_terminal = not options.daemon and (os.isatty(0) or os.isatty(2))
