@@ -4841,6 +4841,11 @@ class Reply(NamedTuple):
     def __str__(self) -> str:
         return f"{self.code} {self.text}" if self.code else self.text
 
+    def masked(self, addresses: Iterable[str]) -> str:
+        """Return it without some addresses: they stand in the register only."""
+        return re.sub("|".join(map(re.escape, addresses)), "...", str(self),
+                      flags=re.I)
+
 
 class Smarthost:
     """A mail server that takes our mail, and one connection to it.
@@ -5650,7 +5655,7 @@ class Delivery:
         reply = self._mailing.hand_over(self._smarthost, who, lambda: log("sending"))
         outcome = judged(reply)
         if outcome in ("sent", "failed"):
-            log(outcome, str(reply))
+            log(outcome, reply.masked([who.address]))
         elif outcome != "unknown" and reply.stage == "dot":
             log("queued", self._mailing.campaign)
         if outcome in self.count:
@@ -6540,7 +6545,7 @@ class Passage:
         self.replies.update(dict.fromkeys(addresses, reply))
         if tag_id and reply.stage == "dot" and reply.code:
             self._log("sent" if reply.is_ok else "failed", tag_id,
-                      _masked(reply, addresses))
+                      reply.masked(addresses))
         if reply.is_ok:
             now = utc_text(time.time())
             letter.reached.update({self.keys[a]: now for a in addresses})
@@ -6588,12 +6593,7 @@ class Passage:
             relay.lines.line(f"relayed {','.join(self.tags) or 'a mail'} to "
                              f"{plural(len(done), 'recipient')}, {how}")
         for reply in bad:
-            relay.lines.line(f"not relayed: {_masked(reply, self.keys)}")
-
-
-def _masked(reply: Reply, addresses: Iterable[str]) -> str:
-    """Return a reply without addresses: it is for the log."""
-    return re.sub("|".join(map(re.escape, addresses)), "...", str(reply), flags=re.I)
+            relay.lines.line(f"not relayed: {reply.masked(self.keys)}")
 
 
 class Session:

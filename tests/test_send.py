@@ -408,7 +408,8 @@ def script(stage, answer, times=99, who=""):
 
 Q, S, F = "queued", "sent", "failed"
 ANSWERS = {  # script, statuses, waits, and what the words say
-    "no such user": (script("rcpt", "550 5.1.1 no", who="bob"), (S, F, S), [], ""),
+    "no such user": (script("rcpt", "550 5.1.1 <Bob@x.org> no", who="bob"),
+                     (S, F, S), [], ""),
     "mailbox full": (script("dot", "552 5.2.2 full", 1), (F, S, S), [], ""),
     "later": (script("rcpt", "452 4.2.2 grey", 1), (S, S, S), [60], ""),
     "later at the dot": (script("dot", "451 4.3.0 no", 2), (S, S, S), [60], ""),
@@ -440,7 +441,7 @@ def test_each_answer_has_its_consequence(answer, result, waits, words, host, fil
     assert max(reached(host).values()) == 1
     assert {*statuses(files).values()} <= {S, F, "sending"}
     assert {event.detail for event in read_log(files.log) if event.event in (S, F)} <= {
-        "250 2.0.0 taken", "550 5.1.1 no", "552 5.2.2 full"}
+        "250 2.0.0 taken", "550 5.1.1 <...> no", "552 5.2.2 full"}
 
 
 @pytest.mark.parametrize("option, code, bob, count", [
