@@ -57,6 +57,7 @@ import select
 import stat
 import sys
 import time
+from binascii import a2b_base64, a2b_qp, b2a_base64, b2a_qp, crc32
 from bisect import bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
@@ -1054,8 +1055,6 @@ class Journal:
 
 def place_at(file: int, offset: int) -> Place:
     """Return the place at an offset of an open log."""
-    from binascii import crc32
-
     start = max(0, offset - 256)
     check = crc32(os.pread(file, offset - start, start))
     return Place(os.fstat(file).st_ino, offset, check)
@@ -4546,8 +4545,6 @@ def _codec(charset: str) -> str:
 
 def _payload(data: bytes, coding: str) -> bytes:
     """Return a body without its transfer encoding, as far as that can be undone."""
-    from binascii import a2b_base64, a2b_qp
-
     if coding != "base64":
         return a2b_qp(data) if coding == "quoted-printable" else data
     letters = data.partition(b"=")[0].translate(None, _NOT_BASE64)
@@ -4557,7 +4554,6 @@ def _payload(data: bytes, coding: str) -> bytes:
 def _transferred(data: bytes, coding: str, eol: bytes) -> bytes:
     """Return a body in a transfer encoding."""
     from base64 import encodebytes
-    from binascii import b2a_qp
 
     if coding not in ("base64", "quoted-printable"):
         return data
@@ -4664,8 +4660,6 @@ def _seal(raw: bytes, part: Part) -> str:
 
 def _unfit(raw: bytes, part: Part) -> str:
     """Return why a leaf cannot be changed without harm; empty if it can."""
-    from binascii import b2a_base64
-
     if part.end - part.start > MOST_HTML:
         return "very long"
     (coding, charset), body = _coding(part), raw[part.start:part.end]
@@ -4906,7 +4900,6 @@ class Smarthost:
 
     def _log_in(self) -> Tuple[int, bytes]:
         import smtplib
-        from binascii import b2a_base64
 
         user, password, auth = self.login
         if auth != "xoauth2":
@@ -5142,8 +5135,6 @@ def _is_odd(word: str) -> bool:
 
 
 def _encoded(text: str) -> str:
-    from binascii import b2a_base64
-
     return " ".join("=?utf-8?b?%s?=" % b2a_base64(
         piece.encode(), newline=False).decode()
         for piece in re.findall(".{1,10}", text))  # 40 bytes, 56 letters at most
@@ -6119,8 +6110,6 @@ def _junk_folders(imap: Any) -> List[bytes]:
 
 def folder_name(name: str) -> bytes:
     """Return the name of an IMAP folder in quotes and UTF-7 (RFC 3501, 5.1.3)."""
-    from binascii import b2a_base64
-
     def encoded(text: re.Match[str]) -> str:
         data = b2a_base64(text[0].encode("utf-16-be", "surrogatepass"), newline=False)
         return "&" + data.decode().rstrip("=").replace("/", ",") + "-"
