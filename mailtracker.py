@@ -5763,10 +5763,8 @@ class Known:
 
     def matters(self, raw: bytes) -> bool:
         """Tell from its head whether a message can speak of a tag."""
-        head = raw.replace(b"\r", b"").partition(b"\n\n")[0].decode("utf-8", "replace")
-        head = _unfolded(head)
-        marks = (found.lastgroup for found in _MARKS.finditer(head))
-        return not (_TELLING.isdisjoint(marks) and self.names.keys().isdisjoint(
+        head = _readable_head(_part_at(raw, 0).head)
+        return not (_TELLING.isdisjoint(_marks(head)) and self.names.keys().isdisjoint(
             _ID_IN_TEXT.findall(head)))
 
     def ids(self, name: str) -> List[str]:
@@ -5797,10 +5795,9 @@ class Answer:
     def __init__(self, raw: bytes) -> None:
         raw = raw[:MOST_READ].replace(b"\r\n", b"\n")
         parts = split(raw)
-        head = decoded_words(_unfolded(parts[0].head.decode("utf-8", "replace")))
-        self.head = _fields(head)
-        self.marks = {found.lastgroup for found in _MARKS.finditer(head)}
-        self.own = _addresses(self.head, "to", "delivered-to")
+        self.head = parts[0].head
+        self.marks = _marks(_readable_head(self.head))
+        self.own = _addresses(self.head, "To|Delivered-To")
         self.leaves = [(part.type, part_text(raw, part)) for part in parts
                        if part.type.startswith(("text/", "message/"))]
         said = "\n".join(text for _, text in takewhile(
@@ -5823,8 +5820,8 @@ class Answer:
         """Return when it was written, or else received; "9" where it does not say."""
         from email.utils import mktime_tz, parsedate_tz
 
-        for name in "date", "received":
-            value = self.head.get(name, "").partition("\n")[0].rpartition(";")[2]
+        for name in "Date", "Received":
+            value = field(self.head, name).rpartition(";")[2]
             with suppress(ValueError, IndexError, OverflowError):
                 parsed = parsedate_tz(value[:100])
                 when = utc_text(mktime_tz(parsed)) if parsed else ""
@@ -5838,8 +5835,9 @@ class Answer:
 
     def named(self) -> Iterator[str]:
         """Yield what may name the tag: ids and Message-IDs, the surest first."""
-        yield from _found(_ID_IN_TEXT, self.head, "delivered-to", "x-original-to", "to")
-        for name in "in-reply-to", "references":
+        for name in "Delivered-To", "X-Original-To", "To":
+            yield from _found(_ID_IN_TEXT, self.head, name)
+        for name in "In-Reply-To", "References":
             yield from reversed(_found(_MESSAGE_ID, self.head, name))
         text = self.text()
         returned = " ".join(_RETURNED_ID.findall(text))
@@ -5847,27 +5845,22 @@ class Answer:
         yield from _ID_IN_TEXT.findall(text)
 
 
-def _unfolded(head: str) -> str:
-    return re.sub(r"\n[ \t]+", " ", head)
+def _readable_head(head: bytes) -> str:
+    """Return a head unfolded, with its encoded words decoded."""
+    return decoded_words(re.sub(r"\r?\n[ \t]+", " ", head.decode("utf-8", "replace")))
 
 
-def _fields(head: str) -> Dict[str, str]:
-    """Return the fields of a head by name in lower case, those of one name in lines."""
-    found: Dict[str, str] = {}
-    for line in _unfolded(head).split("\n"):
-        name, _, value = line.partition(":")
-        name = name.rstrip().lower()
-        found[name] = f"{found[name]}\n{value}" if name in found else value.lstrip()
-    return found
+def _marks(head: str) -> Set[Optional[str]]:
+    return {found.lastgroup for found in _MARKS.finditer(head)}
 
 
-def _found(pattern: re.Pattern[str], head: Mapping[str, str], *names: str) -> List[str]:
-    """Return what matches a pattern in fields of a head."""
-    return pattern.findall("\n".join(head.get(name, "") for name in names))
+def _found(pattern: re.Pattern[str], head: bytes, name: str) -> List[str]:
+    """Return what matches a pattern in the fields of a head with such a name."""
+    return pattern.findall(decoded_words("\n".join(fields(head, name))))
 
 
-def _addresses(head: Mapping[str, str], *names: str) -> FrozenSet[str]:
-    return frozenset(map(str.casefold, _found(_ANY_ADDRESS, head, *names)))
+def _addresses(head: bytes, name: str) -> FrozenSet[str]:
+    return frozenset(map(str.casefold, _found(_ANY_ADDRESS, head, name)))
 
 
 def read_mail(raw: bytes, known: Known) -> List[Event]:
@@ -5877,7 +5870,7 @@ def read_mail(raw: bytes, known: Known) -> List[Event]:
     """
     mail = Answer(raw)
     own_ids = _found(
-        _MESSAGE_ID, mail.head, "message-id", "x-microsoft-original-message-id")
+        _MESSAGE_ID, mail.head, "(?:X-Microsoft-Original-)?Message-ID")
     signs = _signs(mail)
     if any(map(known.ids, own_ids)) or not any(sign.event for sign in signs):
         return []
@@ -5914,22 +5907,22 @@ def _meant(mail: Answer, known: Known, addresses: Collection[str]) -> List[str]:
 
 def _signs(mail: Answer) -> List[Sign]:
     """Return what a message says, to whichever tags that applies."""
-    marks, sender = mail.marks, _addresses(mail.head, "from")
+    marks, sender = mail.marks, _addresses(mail.head, "From")
     for kind, text in mail.leaves:
         if kind in ("message/delivery-status", "message/global-delivery-status"):
             return _reported(mail, text)
         if kind == "message/disposition-notification":
-            return _receipt(mail, _fields(text))
+            return _receipt(mail, text.encode("utf-8", "replace"))
     is_from_server = "reply" not in marks and (
         "daemon" in marks or marks & {"null", "automatic"} == {"null"})
     if "failed" in marks or is_from_server and _REFUSAL.search(mail.said):
-        addresses = _addresses(mail.head, "x-failed-recipients") or {
+        addresses = _addresses(mail.head, "X-Failed-Recipients") or {
             *_ANY_ADDRESS.findall(mail.said.casefold())} - mail.own
         event = "delayed" if "late" in marks else "bounced"
         return [_refusal(event, {address} - {""}, "", mail.words_about([address]))
                 for address in addresses or [""]]
     if "daemon" in marks and is_from_server or (
-            sender & _addresses(mail.head, "delivered-to")):
+            sender & _addresses(mail.head, "Delivered-To")):
         return []
     if marks & {"automatic", "null"}:
         return [Sign("autoreply", sender)]
@@ -5940,27 +5933,27 @@ def _signs(mail: Answer) -> List[Sign]:
 def _reported(mail: Answer, report: str) -> List[Sign]:
     """Return what a delivery report says (RFC 3464), block by block."""
     signs = []
-    for block in map(_fields, re.split(r"\n[ \t]*\n", report)):
-        addresses = _addresses(block, "final-recipient", "original-recipient")
-        status, action = ((block.get(name, "").lower().split() or [""])[0]
-                          for name in ("status", "action"))
+    for block in re.split(rb"\n[ \t]*\n", report.encode("utf-8", "replace")):
+        addresses = _addresses(block, "(?:Final|Original)-Recipient")
+        status, action = ((field(block, name).lower().split() or [""])[0]
+                          for name in ("Status", "Action"))
         if addresses or action:
-            words = block.get("diagnostic-code", "").partition(";")[2]
+            words = field(block, "Diagnostic-Code").partition(";")[2]
             signs.append(_refusal(_ACTIONS.get(action or status[:1], ""), addresses,
                                   status, words or mail.words_about(addresses)))
     if len(signs) == 1:  # Exim names what an alias stands for
-        more = _addresses(mail.head, "x-failed-recipients")
+        more = _addresses(mail.head, "X-Failed-Recipients")
         signs = [signs[0]._replace(addresses=signs[0].addresses | more)]
     return signs
 
 
-def _receipt(mail: Answer, report: Mapping[str, str]) -> List[Sign]:
+def _receipt(mail: Answer, report: bytes) -> List[Sign]:
     """Return what a receipt says (RFC 8098); a filter may refuse by one (RFC 5429)."""
-    addresses = _addresses(report, "final-recipient")
-    mode, _, kind = report.get("disposition", "").lower().partition(";")
+    addresses = _addresses(report, "Final-Recipient")
+    mode, _, kind = field(report, "Disposition").lower().partition(";")
     if "displayed" in kind:
         return [Sign("read", addresses)]
-    words = mail.head.get("auto-submitted", "") + mail.said
+    words = field(mail.head, "Auto-Submitted") + mail.said
     if "automatic" in mail.marks and mode.startswith("automatic") and (
             "deleted" in kind and re.search("reject|refuse", words, re.I)):
         return [Sign("bounced", addresses, "soft", "refused by a filter")]
