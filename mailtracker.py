@@ -6287,14 +6287,6 @@ def letter_of(sender: str, raw: bytes) -> str:
     return digest.hexdigest()
 
 
-def recipient_of(letter: str, address: str) -> str:
-    """Return what stands for a recipient of a letter in the log: no address."""
-    from hashlib import blake2b
-
-    return blake2b(address.lower().encode(), key=letter.encode(), digest_size=4
-                   ).hexdigest()
-
-
 class Letter:
     """Whom a letter has reached whose sender was not told yet that all have it."""
 
@@ -6335,8 +6327,11 @@ class Ledger:
     @contextmanager
     def opened(self, name: str, recipients: Collection[str]) -> Iterator[Letter]:
         """Have a letter, as soon as nobody else is sending it to one of the same."""
+        since = utc_text(time.time() - LEDGER_SECONDS)
         with self._change:
-            self._sweep()
+            for old, known in list(self._letters.items()):  # those retried no more
+                if not known.users and max(known.reached.values(), default="") < since:
+                    del self._letters[old]
             letter = self._letters.setdefault(name, Letter())
             letter.users += 1
             self._change.wait_for(lambda: letter.busy.isdisjoint(recipients))
@@ -6348,13 +6343,6 @@ class Ledger:
                 letter.busy.difference_update(recipients)
                 letter.users -= 1
                 self._change.notify_all()
-
-    def _sweep(self) -> None:
-        """Forget the letters that need no retry any more, or get none."""
-        since = utc_text(time.time() - LEDGER_SECONDS)
-        for name, letter in list(self._letters.items()):
-            if not letter.users and max(letter.reached.values(), default="") < since:
-                del self._letters[name]
 
 
 class Maildrop:
@@ -6436,8 +6424,8 @@ class Passage:
         self._relay, self._smarthost = relay, smarthost
         self._sender, self._options, self._recipients = envelope
         self.letter = letter_of(self._sender, raw)
-        self.keys = {address: recipient_of(self.letter, address)
-                     for address in self._recipients}
+        self.keys = {a: hash_of(f"{self.letter} {a.lower()}")[:8]  # no address, as
+                     for a in self._recipients}                    # the log has them
         self.replies: Dict[str, Reply] = {}
         self.tags: List[str] = []
         head = _part_at(raw, 0).head
