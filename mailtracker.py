@@ -4768,8 +4768,9 @@ def make_html(raw: bytes) -> bytes:
     parts, eol = split(raw), _eol(raw)
     part, text = parts[0], part_text(raw, parts[0])
     if part.type != "text/plain" or not part.head.endswith(b"\n") \
-            or is_attachment(part) or "\ufffd" in text or _is_patch(part, text) \
-            or _sealed(raw, parts) or _unfit(raw, part):
+            or is_attachment(part) or "\ufffd" in text \
+            or field(part.head, "X-Mailer").startswith("git-send-email") \
+            or _DIFF.search(text) or _sealed(raw, parts) or _unfit(raw, part):
         return raw
     html = f'<div style="white-space:pre-wrap">{escape(text)}</div>'.encode()
     mark = b"--=_" + blake2b(raw, digest_size=16).hexdigest().encode()
@@ -4780,12 +4781,6 @@ def make_html(raw: bytes) -> bytes:
         mark, b"Content-Type: text/html; charset=utf-8",
         b"Content-Transfer-Encoding: quoted-printable", b"",
         _transferred(html, "quoted-printable", eol), mark + b"--", b""])
-
-
-def _is_patch(part: Part, text: str) -> bool:
-    """Tell whether a text is for programs and reviewers, who want it plain."""
-    return field(part.head, "X-Mailer").startswith("git-send-email") \
-        or _DIFF.search(text) is not None
 
 
 def wants_no_pixel(raw: bytes) -> bool:
@@ -4984,14 +4979,12 @@ class Smarthost:
             self.close()
             raise
         self._handed += 1
-        return self._asked("dot", lambda: self._end(end))
-
-    def _end(self, end: bytes) -> Tuple[int, bytes]:
         self._smtp.sock.settimeout(DOT_SECONDS)
-        self._smtp.sock.sendall(end)
-        code, text = self._smtp.getreply()
-        self._smtp.sock.settimeout(REPLY_SECONDS)
-        return code, text
+        reply = self._asked("dot", lambda: (
+            self._smtp.sock.sendall(end), self._smtp.getreply())[1])
+        if self._smtp:
+            self._smtp.sock.settimeout(REPLY_SECONDS)
+        return reply
 
     def deliver(self, sender: str, recipient: str, message: bytes,
                 before_dot: Callable[[], object] = int, options: str = "",
@@ -5043,10 +5036,18 @@ def password_from(command: str) -> str:
     return password
 
 
+def matching(pattern: str, text: str) -> re.Match[str]:
+    """Return how an ASCII pattern matches the whole of a text, or raise ValueError."""
+    found = re.fullmatch(pattern, text.strip(), re.ASCII)
+    if not found:
+        raise ValueError
+    return found
+
+
 def _host_and_port(text: str) -> Tuple[str, int]:
     """Return what HOST[:PORT] means; 587 is the port for handing in mail."""
-    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?", text, re.ASCII)
-    if not found or not 0 < int(found[2] or 587) < 65536:
+    found = matching(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?", text)
+    if not 0 < int(found[2] or 587) < 65536:
         raise ValueError
     return found[1].strip("[]"), int(found[2] or 587)
 
@@ -5076,14 +5077,6 @@ _DROPPED = r"(?!(?:Reply-To|Importance|(?:X-)?Priority|Organization" \
     r"|Disposition-Notification-To)[ \t]*:)[!-9;-~]+"
 
 Problems = Dict[str, List[int]]  # what is wrong, and in which rows of the list
-
-
-def matching(pattern: str, text: str) -> re.Match[str]:
-    """Return how an ASCII pattern matches the whole of a text, or raise ValueError."""
-    found = re.fullmatch(pattern, text.strip(), re.ASCII)
-    if not found:
-        raise ValueError
-    return found
 
 
 def address_in(text: str) -> str:
@@ -6179,7 +6172,7 @@ _PATHS = {verb: re.compile(
 _ANSWERS = {"NOOP": "250 2.0.0 ok", "VRFY": "252 2.5.2 send it, and see",
             **dict.fromkeys(("EXPN", "ETRN", "HELP"), "502 5.5.1 not here")}
 # Named groups: what is passed on, to a smarthost with that extension.
-_PARAMETERS = {verb: re.compile(words, re.I) for verb, words in (
+_OPTIONS = {verb: re.compile(words, re.I) for verb, words in (
     ("MAIL", r"SIZE=(?:\d{1,15})|BODY=(?:7BIT|8BITMIME)|AUTH=\S+|"
              r"(?P<smtputf8>SMTPUTF8)|(?P<dsn>(?:RET|ENVID)=\S+)"),
     ("RCPT", r"(?P<dsn>(?:NOTIFY|ORCPT)=\S+)"))}
@@ -6250,7 +6243,7 @@ def stamped(raw: bytes, token: str, new: str) -> bytes:
     from email.utils import formatdate
 
     head, now = _part_at(raw, 0).head, formatdate()
-    domain = _address_in(field(head, "From")).rpartition("@")[2] or "localhost"
+    domain = author_of(head).rpartition("@")[2] or "localhost"
     lines = [f"Received: by localhost with ESMTP id {token}; {now}"]
     if not field(head, "Message-ID"):
         lines.append(f"Message-ID: <{new}@{domain}>")
@@ -6261,9 +6254,9 @@ def stamped(raw: bytes, token: str, new: str) -> bytes:
     return with_header_lines(raw, lines)
 
 
-def _address_in(value: str) -> str:
-    """Return the address in a header field such as From."""
-    return str(["", *_ANY_ADDRESS.findall(value)][-1])
+def author_of(head: bytes) -> str:
+    """Return the address in From; empty for none."""
+    return str(["", *_ANY_ADDRESS.findall(field(head, "From"))][-1])
 
 
 def letter_of(sender: str, raw: bytes) -> str:
@@ -6430,7 +6423,7 @@ class Passage:
         self.tags: List[str] = []
         head = _part_at(raw, 0).head
         self.is_loop = any(relay.token in line for line in fields(head, "Received"))
-        self._senders = self._sender.lower(), _address_in(field(head, "From")).lower()
+        self._senders = self._sender.lower(), author_of(head).lower()
         self._why = "no sender" if not self._sender else \
             "not wanted" if wants_no_pixel(raw) else ""  # there is no pixel in it
         self._ids = new_ids(os.urandom(32), len(self.keys))
@@ -6815,7 +6808,7 @@ class Session:
         found = _PATHS[verb].fullmatch(rest)
         if not found or len(found[1]) > 254:  # 256 with its brackets
             raise Refusal("501 5.1.7 no address in <>")
-        words = [_PARAMETERS[verb].fullmatch(word) for word in found[2].split()]
+        words = [_OPTIONS[verb].fullmatch(word) for word in found[2].split()]
         for word in words:
             if not word or not {word.lastgroup} <= {None, *self._relay.extensions}:
                 raise Refusal("555 5.5.4 unknown parameter")
@@ -7564,9 +7557,7 @@ def number_in(low: int, high: int) -> Callable[[str], int]:
 
 
 def _size(text: str) -> int:
-    size = re.fullmatch(r"(\d{1,9})([KMG])B?", text, re.IGNORECASE | re.ASCII)
-    if not size:
-        raise ValueError
+    size = matching(r"(?i:(\d{1,9})([KMG])B?)", text)
     return int(size[1]) << {"K": 10, "M": 20, "G": 30}[size[2].upper()]
 
 
@@ -7861,10 +7852,8 @@ def _bounces(text: str) -> str:
 
 
 def _local(text: str) -> Tuple[str, str]:
-    domain, _, path = text.partition("=")
-    if not domain or not path:
-        raise ValueError
-    return domain.lower(), path
+    found = matching("([^=]+)=((?s:.+))", text)
+    return found[1].lower(), found[2]
 
 
 def add_relay(commands: Any) -> None:
