@@ -12,6 +12,7 @@ import http.client
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -245,6 +246,27 @@ class Server:
 def files(tmp_path):
     """Return the files of a register that is still to be made."""
     return mailtracker.Files(str(tmp_path / "register.csv"))
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """Return a folder: first and second.pem with .key, for 127.0.0.1; locked.key."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed; it makes the certificates")
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*args):
+        subprocess.run(["openssl", *args], cwd=folder, check=True, timeout=60,
+                       capture_output=True)
+
+    for name in ("first", "second"):
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1",
+                "-keyout", f"{name}.key", "-out", f"{name}.pem")
+    openssl("rsa", "-in", "first.key", "-aes256", "-passout", "pass:secret",
+            "-out", "locked.key")
+    (folder / "garbage.pem").write_text("no certificate\n")
+    return folder
 
 
 @pytest.fixture

@@ -78,6 +78,13 @@ def chaos(rate, seed, outcomes=OUTCOMES):
     return script
 
 
+def on(stage, *wishes, about=""):
+    """Return a script that says these at a stage, one after the other."""
+    left = [*wishes]
+    return lambda name, argument: left.pop(0) \
+        if name == stage and left and about in argument else None
+
+
 class Session(socketserver.StreamRequestHandler):
     """One connection; a ConnectionError ends it, whoever wants that."""
 

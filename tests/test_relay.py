@@ -33,7 +33,7 @@ import mailtracker  # noqa: E402
 from conftest import (  # noqa: E402
     eventually, launch, linux, log_rows, register_rows, shown)
 from mailtracker import Relay  # noqa: E402
-from smtp_server import EXTENSIONS, FakeSmarthost, chaos  # noqa: E402
+from smtp_server import EXTENSIONS, FakeSmarthost, chaos, on  # noqa: E402
 
 HEAD = (b"From: Ann <ann@x.org>\r\nTo: bob@y.org\r\n"
         b"Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\nMessage-ID: <%d@x.org>\r\n"
@@ -143,13 +143,6 @@ def rows(folder, *ids):
     """Return the rows of tags as they stand in log and register."""
     tags = shown(mailtracker.Files(str(folder / "register.csv")))
     return [tags[tag] for tag in ids]
-
-
-def on(stage, *wishes, about=""):
-    """Return a script that says these at a stage, one after the other."""
-    left = [*wishes]
-    return lambda name, argument: left.pop(0) \
-        if name == stage and left and about in argument else None
 
 
 def pixels(host):
@@ -502,13 +495,8 @@ def test_a_login_that_fails_at_the_smarthost_is_not_the_clients_fault(guarded):
         assert client.send().startswith("250")
 
 
-def test_what_was_sent_ahead_of_tls_is_thrown_away(tmp_path, shared):
-    cert, key = tmp_path / "cert", tmp_path / "key"
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not installed; it makes the certificate")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
-                    "2", "-subj", "/CN=x", "-keyout", key, "-out", cert], check=True,
-                   capture_output=True)
+def test_what_was_sent_ahead_of_tls_is_thrown_away(tmp_path, shared, certificates):
+    cert, key = certificates / "first.pem", certificates / "first.key"
     with relaying(tmp_path, shared[0], "--tls-cert", cert, "--tls-key", key) as relay, \
             Client(relay.port) as client, Client(relay.port) as other:
         assert client.say(HELLO) == "250 STARTTLS"

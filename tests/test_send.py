@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)] * (__name__ == "__m
 import mailtracker  # noqa: E402
 from conftest import launch, shown  # noqa: E402
 from mailtracker import Event, append_events, read_log  # noqa: E402
-from smtp_server import FakeSmarthost, chaos  # noqa: E402
+from smtp_server import FakeSmarthost, chaos, on  # noqa: E402
 
 ID = "bcd" * 7
 LIST = "email,name,amount\nann@x.org,Ann,1234.5\nbob@x.org,,20\ncid@x.org,Cid,3\n"
@@ -402,8 +402,7 @@ def deliver(host, files, *args, pause=None):
 
 def script(stage, answer, times=99, who=""):
     """Return a script that gives an answer at a stage, so many times."""
-    given = iter([answer] * times)
-    return lambda at, what: next(given, None) if at == stage and who in what else None
+    return on(stage, *[answer] * times, about=who)
 
 
 Q, S, F = "queued", "sent", "failed"

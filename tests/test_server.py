@@ -132,27 +132,6 @@ def test_a_proxy_that_is_not_trusted_is_told_once_and_without_addresses_to_stran
 # -- TLS ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """Return (certificate, key) of two self-signed pairs, and an encrypted key."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not installed; it makes the certificates")
-    folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(*args):
-        subprocess.run(["openssl", *args], cwd=folder, check=True, timeout=60,
-                       capture_output=True)
-
-    for name in ("first", "second"):
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-                "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1",
-                "-keyout", f"{name}.key", "-out", f"{name}.pem")
-    openssl("rsa", "-in", "first.key", "-aes256", "-passout", "pass:secret",
-            "-out", "locked.key")
-    (folder / "garbage.pem").write_text("no certificate\n")
-    return folder
-
-
 class Secure:
     """A server whose certificate can be exchanged."""
 

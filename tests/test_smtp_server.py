@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import shutil
 import smtplib
 import socket
 import ssl
@@ -20,7 +19,7 @@ import pytest
 
 import smtp_server
 from conftest import read_all
-from smtp_server import FakeSmarthost, chaos
+from smtp_server import FakeSmarthost, chaos, on
 
 MAIL = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\n"
 DATA = b"EHLO x\r\n" + MAIL + b"DATA\r\n"
@@ -41,22 +40,11 @@ def send(host, to=("b@x",), data=b"Subject: hi\r\n\r\n.dot\r\n", **options):
         return client.sendmail("a@x", to, data, **options)
 
 
-def on(stage, *wishes):
-    """Return a script that says these at a stage, one after the other."""
-    left = [*wishes]
-    return lambda name, _: left.pop(0) if name == stage and left else None
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Return the files of a certificate for 127.0.0.1 and its key."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not installed; it makes the certificate")
-    cert, key = (tmp_path_factory.mktemp("tls") / name for name in ("cert", "key"))
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
-                    "2", "-subj", "/CN=x", "-addext", "subjectAltName=IP:127.0.0.1",
-                    "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return cert, key
+@pytest.fixture
+def tls(certificates):
+    """Return the options for TLS, and what a client needs to verify it."""
+    cert, key = certificates / "first.pem", certificates / "first.key"
+    return {"cert": cert, "key": key}, ssl.create_default_context(cafile=cert)
 
 
 def test_what_smtplib_sends_arrives_and_is_stored(tmp_path):
@@ -142,11 +130,10 @@ def test_one_of_three_recipients_is_refused():
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
 @pytest.mark.parametrize("implicit", [False, True], ids=["starttls", "implicit"])
-def test_logins_are_checked_under_tls(certificate, mechanism, implicit):
-    cert, key = certificate
-    context = ssl.create_default_context(cafile=cert)
-    with FakeSmarthost(users={"ann": "good"}, mechanisms=mechanism, cert=cert, key=key,
-                       implicit=implicit) as host:
+def test_logins_are_checked_under_tls(tls, mechanism, implicit):
+    options, context = tls
+    with FakeSmarthost(users={"ann": "good"}, mechanisms=mechanism, implicit=implicit,
+                       **options) as host:
         new = partial(smtplib.SMTP_SSL, context=context) if implicit else smtplib.SMTP
         with new("127.0.0.1", host.port, "x", timeout=10) as client:
             if not implicit:
@@ -170,16 +157,16 @@ def test_xoauth2_explains_a_wrong_token_before_it_refuses_it():
         assert talk(host, said) == "220 250 334 535 334 235 503"
 
 
-def test_what_was_sent_along_with_starttls_is_thrown_away(certificate):
-    with FakeSmarthost(cert=certificate[0], key=certificate[1]) as host:
+def test_what_was_sent_along_with_starttls_is_thrown_away(tls):
+    with FakeSmarthost(**tls[0]) as host:
         assert talk(host, b"EHLO x\r\nSTARTTLS\r\nNOOP\r\n") == "220 250 220"
         assert [verb for verb, _ in host.log] == ["EHLO", "STARTTLS"]
 
 
-def test_a_stop_ends_all_connections(certificate):
-    with FakeSmarthost(cert=certificate[0], key=certificate[1]) as host:
+def test_a_stop_ends_all_connections(tls):
+    with FakeSmarthost(**tls[0]) as host:
         clients = [smtplib.SMTP("127.0.0.1", host.port, "x", timeout=10) for _ in "ab"]
-        clients[0].starttls(context=ssl.create_default_context(cafile=certificate[0]))
+        clients[0].starttls(context=tls[1])
     for client in clients:
         with pytest.raises(smtplib.SMTPServerDisconnected):
             client.noop()
