@@ -4916,16 +4916,11 @@ class Smarthost:
 
         try:
             code, text = ask()
-        except smtplib.SMTPResponseException as error:
-            code, text = error.smtp_code, error.smtp_error  # type: ignore[assignment]
-            is_login = isinstance(error, smtplib.SMTPAuthenticationError)
-            stage = "login" if is_login else stage
-            self.close()
-        except (OSError, ValueError) as error:  # of smtplib, ssl and socket
-            code, text = 0, explain(error).encode()
-            self.close()
-        except TrackerError as error:  # no password to be had
-            code, text, stage = 0, str(error).encode(), "login"
+        except (OSError, ValueError, TrackerError) as error:  # smtplib's are OSErrors
+            code = getattr(error, "smtp_code", 0)
+            text = getattr(error, "smtp_error", explain(error).encode())
+            if isinstance(error, (smtplib.SMTPAuthenticationError, TrackerError)):
+                stage = "login"  # a wrong password, or none to be had
             self.close()
         if code == 421:
             self.close()
@@ -4941,14 +4936,12 @@ class Smarthost:
         """Begin a message; connect for it, once more where the connection has ended."""
         if self._handed >= PER_CONNECTION:
             self.close()
-        was_open = bool(self._smtp)
-        reply = self.open()
+        was_open, reply = bool(self._smtp), self.open()
         if reply.is_ok:
-            words = f"MAIL FROM:<{sender}>{options and ' ' + options}"
-            reply = self._command("mail", words)
-            if was_open and not self._smtp:  # it had been closed meanwhile
-                reply = self.open()
-                reply = self._command("mail", words) if reply.is_ok else reply
+            reply = self._command(
+                "mail", f"MAIL FROM:<{sender}>{options and ' ' + options}")
+        if was_open and not self._smtp:  # it had been closed meanwhile
+            return self.mail(sender, options)
         return reply
 
     def rcpt(self, recipient: str, options: str = "") -> Reply:
@@ -4999,8 +4992,7 @@ class Smarthost:
 
     def reset(self) -> None:
         """Give up the message that was begun."""
-        if self._smtp:
-            self._command("rset", "RSET")
+        self._command("rset", "RSET")
 
     def close(self) -> None:
         """End the connection; it need not be there any more."""
@@ -6610,6 +6602,7 @@ class Session:
 
     def run(self) -> None:
         """Serve the client until one of both has enough."""
+        self._relay.sessions.add(self)
         try:
             self._say("220 mailtracker ESMTP")
             if not self._file.peek(1)[:1].isalpha():  # TLS, say
@@ -6619,6 +6612,7 @@ class Session:
         except OSError:
             pass  # it has gone, or was sent away
         finally:
+            self._relay.sessions.discard(self)
             for part in (self._smarthost, self._file, self._connection):
                 part.close()
 
@@ -6893,7 +6887,7 @@ class Relay:
         self.keep = Maildrop(options.keep, 1 << 62) if options.keep else None
         self._files, self._writing = files, Lock()
         self._held, self._room = 0, Condition()
-        self._sessions: Set[Session] = set()
+        self.sessions: Set[Session] = set()
         smarthost = smarthost_of(options)
         reply = smarthost.open()
         if not reply.is_ok:
@@ -6957,15 +6951,15 @@ class Relay:
                 self._tick(worker)
         listener.close()
         deadline = time.monotonic() + DRAIN_MAIL
-        while self._sessions and time.monotonic() < deadline:
-            for session in list(self._sessions):
+        while self.sessions and time.monotonic() < deadline:
+            for session in list(self.sessions):
                 if not session.is_busy:
                     session.expire(0, "421 4.3.2 stopped")
             time.sleep(0.02)
         worker.stop()
 
     def _tick(self, worker: Worker) -> None:
-        for session in list(self._sessions):
+        for session in list(self.sessions):
             session.expire(time.monotonic())
         for line in worker.news():
             self.lines.rarely(line)
@@ -6981,25 +6975,17 @@ class Relay:
 
         try:
             connection, peer = listener.accept()
-            if len(self._sessions) >= MAX_SESSIONS:
+            if len(self.sessions) >= MAX_SESSIONS:
                 with connection:
                     connection.send(b"421 4.3.2 too many connections\r\n")
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            Thread(target=self._run, args=(Session(self, connection, peer[0]),),
-                   daemon=True).start()
+            Thread(target=Session(self, connection, peer[0]).run, daemon=True).start()
         except BlockingIOError:
             pass  # it has gone
         except (OSError, RuntimeError) as error:  # no file or thread to be had
             self.lines.rarely(str(error))
             time.sleep(self.TICK)
-
-    def _run(self, session: Session) -> None:
-        self._sessions.add(session)
-        try:
-            session.run()
-        finally:
-            self._sessions.discard(session)
 
 
 # ---------------------------------------------------------------------------

@@ -416,7 +416,7 @@ def test_who_waits_too_long_is_told_and_the_next_try_waits_for_this_one(
         monkeypatch.setattr(mailtracker, "ANSWER_SECONDS", 9)
         with Client(relay.port) as again:
             answer = pool.submit(again.send, data)
-            eventually(lambda: len(relay._sessions) > 1)
+            eventually(lambda: len(relay.sessions) > 1)
             go_on.set()
             assert answer.result() == "250 2.0.0 sent before"
     assert len(host.messages) == 1
