@@ -472,6 +472,28 @@ def test_the_rate_is_even_and_ctrl_c_ends_it_between_two_mails(host, files):
     assert Counter(statuses(files).values())[Q] == 2
 
 
+@pytest.mark.parametrize("auth", ["password", "xoauth2"])
+def test_no_password_goes_without_tls_that_can_be_verified(
+        auth, certificates, monkeypatch):
+    words = ["good"]
+    with FakeSmarthost(users={"ann": "good"}) as bare, FakeSmarthost(
+            users={"ann": "good"}, cert=certificates / "first.pem",
+            key=certificates / "first.key") as host:
+        far, near = (mailtracker.Smarthost(
+            "127.0.0.1", port, "ann", lambda: words[-1], auth)
+            for port in (bare.port, host.port))
+        assert "CERTIFICATE_VERIFY_FAILED" in near.open().text
+        monkeypatch.setattr(mailtracker, "is_loopback", lambda address: False)
+        assert "offers no TLS" in far.open().text
+        assert not host.logins + bare.logins
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "first.pem"))
+        assert near.deliver("a@x.org", "b@x.org", b"hi\r\n").is_ok
+        near.close()
+        words.append("bad")
+        assert near.open()[::2] == (535, "login")
+        assert {login.encrypted for login in host.logins} == {True}
+
+
 # -- kills ----------------------------------------------------------------------------
 
 
