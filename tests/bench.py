@@ -513,7 +513,7 @@ def measure_mail(lab: Lab) -> Iterator[Reading]:
         yield "mail send", share, f"{share:.2f}, {number / seconds:.0f}/s"
     mails = lab.size // 100
     mbox.write_bytes(b"".join(
-        b"From x\n%b\n\n" % (MAILBOX[n % 5] % n + b"x" * 60 + b"\r\n" * 80)
+        b"From x\n%b\n\n" % (MAILBOX[n % 5] % n + (b"x" * 60 + b"\r\n") * 80)
         for n in range(mails)))
     rate = mails / metered(*lab.command("scan", register, mbox, "--since", "9999d"))[0]
     yield "mail scan", rate, f"{rate:,.0f}, of {mails:,}"
