@@ -4998,6 +4998,9 @@ class Smarthost:
         """End the connection; it need not be there any more."""
         smtp, self._smtp = self._smtp, None
         if smtp:
+            with suppress(OSError, AttributeError):  # no socket any more
+                smtp.sock.settimeout(1.0)
+                smtp.sock.sendall(b"QUIT\r\n")  # whose answer says nothing new
             smtp.close()
 
 
