@@ -4917,7 +4917,8 @@ class Smarthost:
         try:
             code, text = ask()
         except (OSError, ValueError, TrackerError) as error:  # smtplib's are OSErrors
-            code = getattr(error, "smtp_code", 0)
+            # Behind the dot smtplib's own code, for a long line, is no answer.
+            code = getattr(error, "smtp_code", 0) if stage != "dot" else 0
             text = getattr(error, "smtp_error", explain(error).encode())
             if isinstance(error, (smtplib.SMTPAuthenticationError, TrackerError)):
                 stage = "login"  # a wrong password, or none to be had

@@ -425,6 +425,7 @@ ANSWERS = {  # script, statuses, waits, and what the words say
     "says 421": (script("data", "421 4.3.0 bye", 1, "bob"), (S, S, S), [30, 60], ""),
     "breaks off for good": (script("mail", "close"), (Q, Q, Q), [30, 120, 600], "c"),
     "lost": (script("dot", "close-after", 1), ("sending", S, S), [], ""),
+    "too long": (script("dot", "250 " + "x" * 9000, 1), ("sending", S, S), [], ""),
 }
 
 
