@@ -4897,13 +4897,16 @@ class Smarthost:
         import smtplib
 
         user, password, auth = self.login
-        if auth != "xoauth2":
-            self._smtp.login(user, password())
+        secret = password()
+        if auth != "xoauth2" and (user + secret).isascii():
+            self._smtp.login(user, secret)
             return 235, b"logged in"
-        # Not smtp.auth(), which fails on the error's continuation (3.9).
-        token = f"user={user}\1auth=Bearer {password()}\1\1".encode()
-        code, text = self._smtp.docmd("AUTH", "XOAUTH2 " + b2a_base64(
-            token, newline=False).decode())
+        # Not smtp.auth(), which fails on the error's continuation (3.9), and shows a
+        # letter of a password that is not ASCII.
+        how, token = ("XOAUTH2", f"user={user}\1auth=Bearer {secret}\1\1") \
+            if auth == "xoauth2" else ("PLAIN", f"\0{user}\0{secret}")
+        code, text = self._smtp.docmd("AUTH", f"{how} " + b2a_base64(
+            token.encode("utf-8", "surrogateescape"), newline=False).decode())
         if code == 334:
             code, text = self._smtp.docmd("")
         if code != 235:
@@ -5446,7 +5449,11 @@ class Mailing:
     def hand_over(self, smarthost: Smarthost, who: Recipient,
                   before_dot: Callable[[], object] = int) -> Reply:
         """Hand one mail to a smarthost; see its deliver."""
-        message, reply = self.message(who)[0], smarthost.open()
+        def wrong(what: str) -> None:  # a file has gone since all was checked
+            raise TrackerError(f"row {who.row}: {what}; this mail and those behind it "
+                               "wait: the same command goes on")
+
+        message, reply = self.message(who, wrong)[0], smarthost.open()
         is_8bit = "8bitmime" in smarthost.extensions and not message.isascii()
         return smarthost.deliver(self.envelope(who.id), who.address, message,
                                  before_dot, "BODY=8BITMIME" * is_8bit) \
@@ -5811,7 +5818,7 @@ class Answer:
 
         for name in "Date", "Received":
             value = field(self.head, name).rpartition(";")[2]
-            with suppress(ValueError, IndexError, OverflowError):
+            with suppress(ValueError, IndexError, OverflowError, OSError):
                 parsed = parsedate_tz(value[:100])
                 when = utc_text(mktime_tz(parsed)) if parsed else ""
                 if is_time(when):
@@ -6135,6 +6142,8 @@ def _logged_in(options: argparse.Namespace) -> Iterator[Tuple[Any, str]]:
             words = error.args[0] if isinstance(error, imaplib.IMAP4.error) else ""
             if isinstance(words, bytes):
                 words = words.decode("utf-8", "replace")
+            if isinstance(error, UnicodeError):  # which would show a letter of it
+                words = "user and password must be ASCII here: it has no AUTH=PLAIN"
             raise TrackerError(f"{host}: {words or explain(error)}") from None
 
 
@@ -6153,6 +6162,7 @@ DRAIN_MAIL = 10.0         # seconds for messages under way when the relay is sto
 SPOOLED = 1 << 19         # bytes of a message beyond which it waits in a file
 HELD = 24 << 20           # bytes of messages that are worked on at once
 DEFAULT_SIZE = 50 << 20   # of a message, where the smarthost names none
+MOST_IMAGES = 50          # of a message, looked up in the log
 OWN_HEADER = 2000         # bytes that a message may grow by
 TAG_COLUMNS = ("id", "name", "email", "message_id")
 NO_HTTP = "421 4.7.0 this is a mail server"
@@ -6424,9 +6434,11 @@ class Passage:
             "not wanted" if wants_no_pixel(raw) else ""  # there is no pixel in it
         self._ids = new_ids(os.urandom(32), len(self.keys))
         self._made: Optional[Tuple[str, bytes]] = None  # with a pixel, not sent yet
+        self._images: Dict[str, bool] = {}  # which are pixels of ours
         self._raw = stamped(raw, relay.token, self._ids[0])
         self._name = one_line(decoded_words(field(head, "Subject")))[:200]
-        self._message_id = field(_part_at(self._raw, 0).head, "Message-ID").strip("<>")
+        self._message_id = one_line(
+            field(_part_at(self._raw, 0).head, "Message-ID")).strip("<>")[:998]
 
     def run(self, letter: Letter, is_late: Callable[[], bool]) -> None:
         """Send the message to all who do not have it, until it is late."""
@@ -6476,8 +6488,14 @@ class Passage:
             return made
         tag_id = self._ids.pop(0)
         tag = self._relay.template.replace("{id}", tag_id)
-        message, self._why = with_pixel(self._raw, tag, self._relay.is_ours)
+        message, self._why = with_pixel(self._raw, tag, self._is_ours)
         return tag_id, message
+
+    def _is_ours(self, source: str) -> bool:
+        """Ask the relay once for each image, and for few: each may cost a whole log."""
+        if source not in self._images and len(self._images) < MOST_IMAGES:
+            self._images[source] = self._relay.is_ours(source)
+        return self._images.get(source, False)
 
     def _send(self, letter: Letter, addresses: Sequence[str], is_tagged: bool,
               hand: Optional[Callable[[bytes, Callable[[], Any]], Reply]] = None
@@ -6739,6 +6757,8 @@ class Session:
         """Return what the smarthost says to a login, or we."""
         from hmac import compare_digest
 
+        if not user or not password:  # without a user, nobody is asked
+            return Reply(535, "5.7.8 wrong user or password", "auth")
         if self._relay.options.auth == "pass":
             self._smarthost.login = user, lambda: password, "password"
             reply = self._smarthost.open()
@@ -7501,12 +7521,14 @@ def chosen_rows(columns: Sequence[str], rows: Iterable[Row],
     tag_id, name, created, last_hit = map(
         columns.index, ("id", "name", "created", "last_hit"))
     words, found = set(options.tags), set()
+    status = cell_of(columns, "status")
     for row in rows:
         meant = {row[tag_id], row[name] or row[tag_id]} & words
         meant.update(word for word in words
                      if len(word) >= 7 and row[tag_id].startswith(word))
         found |= meant
-        made = row[created] or row[last_hit]
+        is_no = status(row) == "unsubscribed"  # send must go on to know of that
+        made = "" if is_no else row[created] or row[last_hit]
         if meant or made and made < (options.older_than or ""):
             yield row
     if words - found:
