@@ -262,6 +262,12 @@ def ids_in_path(target: bytes) -> List[bytes]:
     return _ID_IN_PATH.findall(target.partition(b"?")[0])[::-1]
 
 
+def is_pixel(base: str, url: str) -> bool:
+    """Tell whether a URL is that of a pixel below a base URL."""
+    path = url[len(base):].encode("utf-8", "replace")
+    return url.startswith(base + "/") and bool(ids_in_path(path))
+
+
 def base_url(server: str, port: Optional[int] = None) -> str:
     """Return the URL a pixel's path is appended to, without a slash at its end.
 
@@ -4845,11 +4851,9 @@ class Smarthost:
     """
 
     def __init__(self, host: str, port: int, user: str = "",
-                 password: Callable[[], str] = str, auth: str = "password",
-                 name: str = "[127.0.0.1]") -> None:
+                 password: Callable[[], str] = str, auth: str = "password") -> None:
         self.host, self.port = host, port
         self.login: Tuple[str, Callable[[], str], str] = user, password, auth
-        self._name = name  # how we greet; the real one may be slow to find, or private
         self._smtp: Any = None
         self._handed = 0  # messages on this connection
 
@@ -4869,7 +4873,8 @@ class Smarthost:
         import socket
         import ssl
 
-        where, user = (self.host, self.port, self._name), self.login[0]
+        # Our real name may be slow to find, or private.
+        where, user = (self.host, self.port, "[127.0.0.1]"), self.login[0]
         smtp: Any
         if self.port == 465:
             smtp = smtplib.SMTP_SSL(*where, timeout=CONNECT_SECONDS,
@@ -5439,12 +5444,8 @@ class Mailing:
         cells = {"unsubscribe": link, **who.cells} if link else who.cells
         raw = self._template(who).message(lines, cells, wrong)
         tag = tag_template(self._base, "/{id}.gif").replace("{id}", who.id)
-        return with_pixel(raw, tag, self._is_ours) if self._base else (
-            raw, "no --server")
-
-    def _is_ours(self, url: str) -> bool:
-        path = url[len(self._base):]
-        return url.startswith(self._base) and bool(ids_in_path(path.encode()))
+        return with_pixel(raw, tag, partial(is_pixel, self._base)) \
+            if self._base else (raw, "no --server")
 
     def hand_over(self, smarthost: Smarthost, who: Recipient,
                   before_dot: Callable[[], object] = int) -> Reply:
@@ -6936,9 +6937,9 @@ class Relay:
 
     def is_ours(self, source: str) -> bool:
         """Tell whether an image in a message is a pixel of ours."""
-        ids = ids_in_path(source.encode("utf-8", "replace"))
-        return bool(ids) and (source.startswith(self._base + "/") or any(
-            any(lines_of_log(self._files.log, b",%b," % tag_id)) for tag_id in ids))
+        return is_pixel(self._base, source) or any(
+            any(lines_of_log(self._files.log, b",%b," % tag_id))
+            for tag_id in ids_in_path(source.encode("utf-8", "replace")))
 
     @contextmanager
     def room(self, size: int) -> Iterator[None]:
