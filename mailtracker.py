@@ -7014,6 +7014,29 @@ class Relay:
 
 
 # ---------------------------------------------------------------------------
+# Eyes: what it comes to, told to people
+# ---------------------------------------------------------------------------
+# Figures of register and log, with what they cannot tell; a report, a page and notices
+# of them, and what is wrong with a set-up. Reads, like dump; what a page or a notice
+# has to change goes the way of every command, rows under the lock, lines to the log.
+
+
+# -- figures: of sent mail, what was opened, and what cannot be known ------------
+
+
+# -- report: the figures by groups, as text and as a page ------------------------
+
+
+# -- dashboard: a page to look at, and its API -----------------------------------
+
+
+# -- notices: the log is their queue ---------------------------------------------
+
+
+# -- doctor: what is wrong with a set-up, and what to do --------------------------
+
+
+# ---------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------
 # A command is one cmd_ function, which prints results and nothing else, and one add_
