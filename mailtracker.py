@@ -58,7 +58,7 @@ import stat
 import sys
 import time
 from binascii import a2b_base64, a2b_qp, b2a_base64, b2a_qp, crc32
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
@@ -5689,7 +5689,8 @@ class Delivery:
 def lasting(length: float) -> str:
     """Return a time in seconds as people say it."""
     return f"{length:.0f} s" if length < 90 else f"{length / 60:.0f} min" \
-        if length < 7200 else f"{length / 3600:.1f} h"
+        if length < 7200 else f"{length / 3600:.1f} h" \
+        if length < 172800 else f"{length / 86400:.1f} d"
 
 
 # -- scan: what came back, and of which tag -------------------------------------
@@ -7022,6 +7023,319 @@ class Relay:
 
 
 # -- figures: of sent mail, what was opened, and what cannot be known ------------
+
+# Apple Mail fetches ahead, whether or not anybody reads (Mail Privacy Protection).
+AHEAD = ("apple-mpp", "apple-mpp-agent")
+ASIDE = ("machine", "self", "unknown", "repeat")  # hits that are no opens, and why
+_STORY_LINE = re.compile(
+    rf"^({_TIME.pattern}),(hit|clicked|replied|bounced),([^,\n]*),\d*,(\d*),"
+    r"([^,\n]*),([^,\n]*),(.*)\n", re.M)
+NO_HITS = (0,) * len(ASIDE)
+UNSENT = ("queued", "sending", "failed")
+STATES = ("opened", "hidden", "no hit")  # of a mail that was sent
+Z = 1.9599639845400543  # standard normal quantile of 97.5 %: intervals of 95 %
+POWER = 0.8416212335729143  # of 80 %: a difference is told four times in five
+
+
+class Story(NamedTuple):
+    """What the log tells of a tag that its row does not; times are since 1970."""
+
+    first: float = 0.0       # open, click or answer; 0 for none
+    clicked: float = 0.0     # by a person; 0 for never
+    by_click: bool = False   # one of its opens is a click
+    is_ahead: bool = False   # it was fetched ahead
+    replied: bool = False
+    bounced: bool = False
+    aside: Tuple[int, ...] = NO_HITS  # hits that are no opens, as in ASIDE
+
+
+class Stories:
+    """Follow a log: what it tells of each tag, and of each hour.
+
+    hours are as in 2026-11-20T20, each with its hits that are no opens, and its opens.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._files: List[Tuple[str, Stamp]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know nothing yet but which hits were judged anew."""
+        self.hours: Dict[str, List[int]] = {}
+        # Apart, by id: most tags have a first open and nothing else, a million of them.
+        self._first: Dict[str, float] = {}
+        self._clicked: Dict[str, float] = {}
+        self._aside: Dict[str, Tuple[int, ...]] = {}
+        self._by_click: Set[str] = set()
+        self._ahead: Set[str] = set()
+        self._told: Dict[str, Set[str]] = {"replied": set(), "bounced": set()}
+        self._places: Dict[int, Place] = {}  # of each file, by inode
+        self._verdicts: Dict[Tuple[str, ...], Tuple[str, str]] = {}
+        for line in lines_of_log(self._path, b",verdict,"):
+            cells = line.decode("utf-8", "replace").split(",", 7)
+            self._verdicts[cells[0], cells[2], cells[-1]] = cells[5], cells[6]
+
+    def look(self) -> bool:
+        """Take in what is new in the log; tell whether there was anything.
+
+        A verdict on an earlier hit, a tag forgotten, or a file that is no longer what
+        it was, makes it begin again.
+        """
+        files = [(name, stamp_of(name)) for name in log_files(self._path)]
+        if files == self._files:
+            return False
+        self._files = files
+        if not self._is_longer(files) \
+                or not self._read_on(files, (b",verdict,", b",forget,")):
+            self._begin()
+            self._read_on(files)
+        return True
+
+    def _is_longer(self, files: Sequence[Tuple[str, Stamp]]) -> bool:
+        """Tell whether every file that was read is still there, and goes on."""
+        names = {stamp.inode: name for name, stamp in files}
+        with suppress(FileNotFoundError):
+            return bool(self._places) and all(
+                inode in names and _has(names[inode], place)
+                for inode, place in self._places.items())
+        return False
+
+    def _read_on(self, files: Sequence[Tuple[str, Stamp]],
+                 halt: Sequence[bytes] = ()) -> bool:
+        """Read what is new in some files; stop, and return False, at certain words."""
+        for name, _ in files:
+            with suppress(FileNotFoundError), _opened(name) as file:  # just rotated
+                inode = os.fstat(file).st_ino
+                end = self._places.get(inode, Place()).offset
+                for block in iter(lambda: os.pread(file, 1 << 18, end), b""):
+                    block = block[:block.rfind(b"\n") + 1] or block
+                    if any(word in block for word in halt):
+                        return False
+                    if block[-1:] != b"\n" and len(block) < 1 << 18:
+                        break  # a line that is still being written
+                    for line in _STORY_LINE.findall(block.decode("utf-8", "replace")):
+                        self._take(line)
+                    end += len(block)
+                self._places[inode] = place_at(file, end)
+        return True
+
+    def _take(self, line: Sequence[str]) -> None:
+        """Take in the cells of a line that tells something."""
+        when, kind, tag_id, opens, verdict, reason, client = line
+        if self._verdicts:
+            verdict, reason = self._verdicts.get(
+                (when, tag_id, client), (verdict, reason))
+        is_new = verdict in OPENS and reason != "repeat"  # as is_open
+        if kind == "hit":
+            self.hours.setdefault(when[:13], [0, 0])[is_new] += 1
+            if not is_new:
+                self._set_aside(tag_id, verdict, reason)
+        elif kind in self._told:
+            self._told[kind].add(tag_id)
+            is_new = kind == "replied"
+        elif is_new and tag_id not in self._clicked:
+            self._clicked[tag_id] = seconds(when)
+            if opens == "1" and tag_id not in self._first:
+                self._by_click.add(tag_id)
+        if is_new and tag_id not in self._first:
+            self._first[tag_id] = seconds(when)
+
+    def _set_aside(self, tag_id: str, verdict: str, reason: str) -> None:
+        """Take in a hit that is no open."""
+        why = "repeat" if verdict in OPENS else verdict
+        self._aside[tag_id] = _one_more(self._aside.get(tag_id, NO_HITS), why)
+        if reason in AHEAD:
+            self._ahead.add(tag_id)
+
+    def of(self, tag_id: str) -> Story:
+        """Return what the log tells of a tag."""
+        return Story(self._first.get(tag_id, 0.0), self._clicked.get(tag_id, 0.0),
+                     tag_id in self._by_click, tag_id in self._ahead,
+                     tag_id in self._told["replied"], tag_id in self._told["bounced"],
+                     self._aside.get(tag_id, NO_HITS))
+
+
+@lru_cache(maxsize=4096)
+def _one_more(counts: Tuple[int, ...], why: str) -> Tuple[int, ...]:
+    """Return the counts of hits set aside with one more; few differ, so one of each."""
+    return tuple(n + (why == each) for n, each in zip(counts, ASIDE))
+
+
+class Mail(NamedTuple):
+    """What the figures need of a row."""
+
+    hits: int
+    opens: int
+    last_open: str
+    status: str
+    since: float  # when it was sent, as far as is known when its tag was made; or NaN
+
+    def state(self, story: Story) -> str:
+        """Return one of STATES; "bounced" or "unsent" for what nobody got."""
+        if self.status == "bounced" or story.bounced:
+            return "bounced"
+        if self.opens or self.status == "replied" or story.first:
+            return "opened"
+        return "unsent" if self.status in UNSENT else \
+            "hidden" if story.is_ahead else "no hit"
+
+
+def mail_of(columns: Sequence[str]) -> Callable[[Row], Mail]:
+    """Return what makes a Mail of a row with some columns."""
+    hits, opens, last_open, created = map(
+        columns.index, ("hits", "opens", "last_open", "created"))
+    status, sent = cell_of(columns, "status"), cell_of(columns, "sent")
+
+    def mail(row: Row) -> Mail:
+        return Mail(int(row[hits]), int(row[opens]), row[last_open], status(row),
+                    seconds(sent(row) or row[created]))
+    return mail
+
+
+class Figures:
+    """What some tags come to, each added once.
+
+    sent = opened + hidden + no hit; hits + opens by click = opens + set aside.
+    """
+
+    def __init__(self) -> None:
+        from array import array
+
+        self.states = dict.fromkeys((*STATES, "bounced", "unsent"), 0)
+        self.hits = self.opens = self.by_click = self.clicked = self.replied = 0
+        self.aside = [0] * len(ASIDE)
+        self.last_open = ""
+        self._after = array("d")    # seconds until the first open of what was opened
+        self._waiting = array("d")  # and until now of what was not
+        self.firsts = array("d")    # when those were
+
+    def add(self, mail: Mail, story: Story, now: float) -> None:
+        """Count a tag."""
+        state = mail.state(story)
+        self.states[state] += 1
+        self.hits, self.opens = self.hits + mail.hits, self.opens + mail.opens
+        self.by_click += story.by_click
+        if story.aside is not NO_HITS:
+            self.aside = [a + b for a, b in zip(self.aside, story.aside)]
+        if state in STATES:
+            self.clicked += story.clicked > 0
+            self.replied += story.replied or mail.status == "replied"
+        if state == "opened":
+            # Without the log's word the last open stands for it: late, never early.
+            first = story.first or seconds(mail.last_open)
+            self.last_open = max(self.last_open, mail.last_open)
+            self.firsts.append(first)
+            if first == first and mail.since == mail.since:
+                self._after.append(max(0.0, first - mail.since))
+        elif state == "no hit" and mail.since == mail.since:
+            self._waiting.append(max(0.0, now - mail.since))
+
+    @property
+    def sent(self) -> int:
+        """How many were sent, and did not bounce."""
+        return sum(self.states[state] for state in STATES)
+
+    @property
+    def set_aside(self) -> int:
+        """How many hits are no opens."""
+        return self.hits + self.by_click - self.opens
+
+    def rates(self) -> Tuple[float, float, float, float, float]:
+        """Return what share was opened at least, by estimate, and at most.
+
+        In the middle stand the estimate and its interval; it supposes that those whose
+        opens are hidden read as the others do. Of none all is open: 0 to 1.
+        """
+        opened, hidden, sent = self.states["opened"], self.states["hidden"], self.sent
+        known = sent - hidden
+        return (opened / sent if sent else 0.0, opened / known if known else 0.0,
+                *wilson(opened, known), (opened + hidden) / sent if sent else 1.0)
+
+    def curve(self) -> Iterator[Tuple[float, float]]:
+        """Yield what share had opened after how many seconds; hidden ones left out."""
+        return kaplan_meier(self._after, self._waiting)
+
+    def half_time(self) -> Optional[float]:
+        """Return after how many seconds half had opened; None if not yet."""
+        return next((when for when, share in self.curve() if share > 0.5 - 1e-9), None)
+
+    def as_json(self) -> Dict[str, Any]:
+        """Return the figures by name; shares as fractions, None for what is unknown."""
+        floor, estimate, low, high, ceiling = self.rates()
+        sent, known = self.sent, self.sent - self.states["hidden"]
+        opened, hidden, no_hit, bounced, unsent = self.states.values()
+        return {
+            "sent": sent, "opened": opened, "cannot_be_known": hidden,
+            "no_hit": no_hit, "clicked": self.clicked, "replied": self.replied,
+            "bounced": bounced, "not_sent": unsent,
+            "rate": {"at_least": floor if sent else None,
+                     "estimated": estimate if known else None, "low": low, "high": high,
+                     "at_most": ceiling if sent else None},
+            "half_opened_after": self.half_time(),
+            "last_open": self.last_open or None,
+            "hits": self.hits, "opens": self.opens, "opens_by_click": self.by_click,
+            "set_aside": self.set_aside, **dict(zip(
+                ("machines", "own", "unclear", "repeats"), self.aside))}
+
+
+def wilson(count: int, total: int) -> Tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson, 1927); of none, 0 to 1."""
+    if not total:
+        return 0.0, 1.0
+    share, extra = count / total, Z * Z / total
+    middle = (share + extra / 2) / (1 + extra)
+    half = (extra * (share * (1 - share) + extra / 4)) ** 0.5 / (1 + extra)
+    return (middle - half if count else 0.0), (middle + half if count < total else 1.0)
+
+
+def newcombe(count: int, total: int, other: int, others: int
+             ) -> Tuple[float, float, float]:
+    """Return the difference of two shares, and its 95 % interval.
+
+    Newcombe, 1998, method 10. Of none the interval is -1 to 1.
+    """
+    if not total or not others:
+        return 0.0, -1.0, 1.0
+    a, b = count / total, other / others
+    (low_a, high_a), (low_b, high_b) = wilson(count, total), wilson(other, others)
+    return (a - b, a - b - ((a - low_a) ** 2 + (high_b - b) ** 2) ** 0.5,
+            a - b + ((high_a - a) ** 2 + (b - low_b) ** 2) ** 0.5)
+
+
+def enough(a: float, b: float) -> Optional[int]:
+    """Return how many of each tell such shares apart, four times in five (Fleiss)."""
+    if a == b:
+        return None
+    mean = (a + b) / 2
+    root = Z * (2 * mean * (1 - mean)) ** 0.5 \
+        + POWER * (a * (1 - a) + b * (1 - b)) ** 0.5
+    return int((root / (a - b)) ** 2) + 1
+
+
+def kaplan_meier(after: Sequence[float], waiting: Sequence[float]
+                 ) -> Iterator[Tuple[float, float]]:
+    """Yield times, and what share of all had opened by then.
+
+    after are the times of those that were opened, waiting how long the others have not
+    been by now (Kaplan and Meier, 1958).
+    """
+    open_at, unopened, left = sorted(after), sorted(waiting), 1.0
+    total, opened = len(open_at) + len(unopened), 0
+    for when, group in groupby(open_at):
+        count = sum(1 for _ in group)
+        left *= 1 - count / (total - opened - bisect_left(unopened, when))
+        opened += count
+        yield when, 1 - left
+
+
+def score(opened: int, sent: int, usual: float, days: float) -> float:
+    """Rate a recipient, 0 to 100, for sorting: how much is opened, and how lately.
+
+    usual is everybody's share opened: it weighs as three mails do.
+    """
+    lately: float = 0.5 ** (days / 30)
+    return 75 * (opened + 3 * usual) / (sent + 3) + 25 * lately
 
 
 # -- report: the figures by groups, as text and as a page ------------------------
