@@ -12,6 +12,7 @@ Make a tag, paste it into a mail, and let the server count its fetches:
     mailtracker.py relay --smarthost smtp.x.org  put pixels into any program's mail
     mailtracker.py dump                          show the register
     mailtracker.py dump --id 7hq2vxw             show one tag with its history
+    mailtracker.py report --by campaign          what was opened, what is unknown
     mailtracker.py scan ~/Maildir                find bounces, answers, receipts
     mailtracker.py rejudge --dry-run             judge old hits by today's rules
     mailtracker.py forget john                   remove all that is known of a tag
@@ -62,7 +63,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
-from itertools import chain, groupby, islice, takewhile
+from itertools import chain, groupby, islice, starmap, takewhile
 from operator import itemgetter, methodcaller
 from types import SimpleNamespace
 from typing import (
@@ -4239,9 +4240,9 @@ def short(tag_id: str, screen: int) -> str:
     return tag_id[:7] if screen else tag_id
 
 
-def table_lines(heading: Row, rows: Iterable[Row], elastic: int, screen: int
-                ) -> Iterator[str]:
-    """Yield rows in columns, counts on the right; one column gives way to the screen.
+def table_lines(heading: Row, rows: Iterable[Row], elastic: int, screen: int,
+                right: Collection[str] = COUNTS) -> Iterator[str]:
+    """Yield rows in columns, some on the right; one column gives way to the screen.
 
     The first thousand rows say how wide the columns must be.
     """
@@ -4256,7 +4257,7 @@ def table_lines(heading: Row, rows: Iterable[Row], elastic: int, screen: int
         spaces = [" " * (width - text_width(cell))
                   for cell, width in zip(cells, widths)]
         yield cut("  ".join(
-            space + cell if column in COUNTS else cell + space
+            space + cell if column in right else cell + space
             for column, cell, space in zip(heading, cells, spaces)).rstrip(), screen)
 
 
@@ -7338,7 +7339,462 @@ def score(opened: int, sent: int, usual: float, days: float) -> float:
     return 75 * (opened + 3 * usual) / (sent + 3) + 25 * lately
 
 
+# -- in words, and as HTML and SVG, without a script or a style attribute ------
+
+FEW = 5  # mails; of fewer a rate says nothing, only its interval does
+TICKS = ("1 min", "10 min", "1 h", "6 h", "1 d", "7 d", "30 d")  # placed by STYLE
+CAUTION = ("What no hit means: nobody read it, or images were off. What an open cannot "
+           "tell: who looked. The estimate supposes that those whose opens Apple hides "
+           "read as the others do; its interval covers chance, not that.")
+STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1d2430;--dim:#5b6472;--line:#d9dee6;
+--card:#f6f7f9;--link:#1a56b0;--opened:#2f6fd0;--hidden:#c08a2e;--none:#c3cad4}
+@media(prefers-color-scheme:dark){:root{--bg:#14171c;--fg:#e4e8ee;--dim:#9aa4b2;
+--line:#2e3540;--card:#1c2128;--link:#7fb0ff;--opened:#5b95ee;--hidden:#d9a64a;
+--none:#4a5361}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:68rem;padding:1rem 1.25rem 3rem;background:var(--bg);
+color:var(--fg);font:15px/1.5 system-ui,sans-serif}
+h1{font-size:1.35rem;margin:.4rem 0}h2{font-size:1.05rem;margin:1.8rem 0 .5rem}
+p{margin:.4rem 0}a{color:var(--link)}:focus-visible{outline:2px solid var(--link);
+outline-offset:2px}.dim,caption,th,dt,figcaption,.axis{color:var(--dim)}
+.note,caption,dt,figcaption,.axis{font-size:.83rem}
+dl{display:grid;grid-template-columns:repeat(4,1fr);gap:.6rem;margin:1rem 0}
+dl div{background:var(--card);border:1px solid var(--line);border-radius:8px;
+padding:.6rem .8rem}dd{margin:0}.value{font-size:1.35rem;font-weight:600}
+figure{margin:1rem 0}svg{display:block;width:100%}.bar{height:14px}.chart{height:90px}
+.opened{fill:var(--opened)}.hidden{fill:var(--hidden)}.none{fill:var(--none)}
+.line{fill:none;stroke:var(--opened);stroke-width:2;vector-effect:non-scaling-stroke}
+.half{stroke:var(--dim);stroke-dasharray:4;vector-effect:non-scaling-stroke}
+.key{display:inline-block;width:.75rem;height:.75rem;margin:0 .35rem -.05rem 0}
+figcaption span{margin-right:1rem;white-space:nowrap}
+.axis{display:flex;justify-content:space-between}.time{display:block;position:relative;
+height:1.3rem}.time span{position:absolute;
+white-space:nowrap;transform:translateX(-50%)}
+.time :nth-child(1){transform:none}.time :nth-child(2){left:21.6%}
+.time :nth-child(3){left:38.4%}.time :nth-child(4){left:55.1%}
+.time :nth-child(5){left:68.1%}.time :nth-child(6){left:86.4%}
+.time :nth-child(7){left:100%;transform:translateX(-100%)}
+table{border-collapse:collapse;width:100%}caption{text-align:left;padding:.3rem 0}
+th,td{text-align:left;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--line);
+vertical-align:top}th{font-weight:500}tbody th{color:inherit;overflow-wrap:anywhere;
+min-width:8rem}.scroll{overflow-x:auto}
+.n{text-align:right;font-variant-numeric:tabular-nums}
+@media(max-width:40rem){dl{grid-template-columns:1fr 1fr}.wide{display:none}}
+@media print{body{max-width:none;padding:0}dl div,figure,tr{break-inside:avoid}}
+"""
+
+
+def percent(share: float) -> str:
+    """Return a share in percent; a small one with a decimal, so that it is not 0."""
+    return f"{100 * share:.{int(0 < share < 0.01)}f}"
+
+
+def rate_words(figures: Figures) -> str:
+    """Return what share was opened, in words."""
+    floor, estimate, low, high, ceiling = figures.rates()
+    between = f"{percent(low)} to {percent(high)}"
+    if not figures.sent:
+        return "nothing was sent"
+    if figures.sent == figures.states["hidden"]:
+        return "cannot be known: Apple fetched all of it ahead"
+    if figures.sent < FEW:
+        return f"{between} % estimated, of {figures.sent} only"
+    return f"{percent(floor)} % at least, {percent(estimate)} % estimated ({between})" \
+        f", {percent(ceiling)} % at most"
+
+
+def cards(figures: Figures) -> Iterator[Tuple[str, str, str]]:
+    """Yield the eight figures: what each is, its value, and a remark on it."""
+    floor, estimate, low, high, ceiling = figures.rates()
+    opened, hidden, no_hit, bounced, unsent = figures.states.values()
+    is_known, half = figures.sent > hidden, figures.half_time()
+
+    def listed(*counts: Tuple[int, str]) -> str:
+        return ", ".join(f"{count:,} {word}" for count, word in counts if count)
+
+    yield "Sent", f"{figures.sent:,}", listed(
+        (bounced, "bounced"), (unsent, "not sent"))
+    yield "Opened, at least", f"{opened:,}", f"{percent(floor)} % of sent"
+    yield ("Open rate, estimated",
+           f"{percent(estimate)} %" if is_known and figures.sent >= FEW else "-",
+           f"95 %: {percent(low)} to {percent(high)} %; at most {percent(ceiling)} %"
+           if is_known else "nothing that can be known")
+    yield "Cannot be known", f"{hidden:,}", "Apple fetches ahead"
+    yield "No hit by a person", f"{no_hit:,}", "or images are off"
+    yield ("Half had opened by", "not yet" if half is None else lasting(half),
+           "of those that can be known" if hidden else "of all sent")
+    yield "Clicked", f"{figures.clicked:,}", listed((figures.replied, "replied"))
+    yield "Hits set aside", f"{figures.set_aside:,}", listed(*zip(
+        figures.aside, ("by machines", "your own", "unclear", "repeated")))
+
+
+def bar(share: float, width: int) -> str:
+    """Return a bar of text of at most so many columns, in eighths of one."""
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def escaped(text: str) -> str:
+    """Return text as it can stand in HTML, in attributes as well."""
+    from html import escape
+
+    return escape(clean(text))
+
+
+def page_html(title: str, body: str, head: str = "") -> str:
+    """Return a whole page; body and head are HTML."""
+    return (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escaped(title)}</title>\n<style>{STYLE}</style>\n{head}"
+            f"<body>\n{body}</body>\n</html>\n")
+
+
+def cards_html(figures: Figures) -> str:
+    """Return the eight figures."""
+    return "<dl>\n" + "".join(
+        f'<div><dt>{what}</dt><dd class="value">{value}</dd>'
+        f'<dd class="note dim">{escaped(why)}</dd></div>\n'
+        for what, value, why in cards(figures)) + "</dl>\n"
+
+
+def figure_html(shape: str, height: int, drawing: str, about: str, caption: str = "",
+                below: str = "") -> str:
+    """Return a chart that is 1,000 wide; about says what is to be seen there."""
+    return (f'<figure>{f"<figcaption>{caption}</figcaption>" * bool(caption)}'
+            f'<svg class="{shape}" viewBox="0 0 1000 {height}" role="img" '
+            f'preserveAspectRatio="none" aria-label="{escaped(about)}">{drawing}</svg>'
+            f"{below}</figure>\n")
+
+
+def share_chart(figures: Figures) -> str:
+    """Return one bar of what was opened, what cannot be known, and what was not hit."""
+    at, drawing, legend = 0.0, "", []
+    for kind, words, count in zip(
+            ("opened", "hidden", "none"),
+            ("opened", "cannot be known", "no hit by a person"),
+            figures.states.values()):
+        width = 1000 * count / (figures.sent or 1)
+        box = f'<rect class="{kind}" x="%g" width="%g" height="14"/>'
+        drawing += box % (round(at, 1), round(width, 1))
+        legend.append((f'<svg class="key" viewBox="0 0 14 14">{box % (0, 14)}</svg>',
+                       f"{words} {count:,}"))
+        at += width
+    return figure_html("bar", 14, drawing, "; ".join(words for _, words in legend),
+                       below="<figcaption>" + "".join(
+                           f"<span>{key}{words}</span>" for key, words in legend)
+                       + "</figcaption>")
+
+
+def columns_chart(columns: Sequence[Tuple[str, int, int]], caption: str,
+                  other: str = "") -> str:
+    """Return columns with labels: how many opens each, and how many more on top."""
+    most = max((a + b for _, a, b in columns), default=0) or 1
+    step, drawing = 1000 / max(len(columns), 1), ""
+    for n, (label, opens, others) in enumerate(columns):
+        title = f"{label}: {plural(opens, 'open')}" \
+            + f", {others} {other}" * bool(other)
+        drawing += f"<g><title>{escaped(title)}</title>"
+        for kind, low, high in ("none", opens, opens + others), ("opened", 0, opens):
+            drawing += (f'<rect class="{kind}" x="{n * step + step / 10:.1f}" '
+                        f'width="{step * 0.8:.1f}" y="{90 - 90 * high / most:.1f}" '
+                        f'height="{90 * (high - low) / most:.1f}"/>') * (high > low)
+        drawing += "</g>"
+    shown = [label for label, _, _ in columns]
+    shown = shown if len(shown) <= 7 else [shown[0], shown[len(shown) // 2], shown[-1]]
+    return figure_html(
+        "chart", 90, drawing, f"{caption}; the highest column stands for {most}",
+        escaped(caption), '<div class="axis">' + "".join(
+            f"<span>{escaped(label)}</span>" for label in shown) + "</div>")
+
+
+def time_place(after: float) -> float:
+    """Return where a time after sending stands from 1 min, 0, to 30 d, 1."""
+    from math import log
+
+    return min(1.0, max(0.0, log(max(after, 1) / 60) / log(43200)))
+
+
+def time_axis() -> str:
+    """Return what stands below an axis of time."""
+    spans = "".join(f"<span>{tick}</span>" for tick in TICKS)
+    return f'<div class="axis time">{spans}</div>'
+
+
+def curve_chart(figures: Figures) -> str:
+    """Return what share of the mails had been opened by when, on an axis of time."""
+    path, drawn, share = "M0 90", -1.0, 0.0
+    for after, share in figures.curve():
+        x = round(1000 * time_place(after), 1)
+        path += f"H{x:g}" * (x > drawn) + f"V{90 - 90 * share:.1f}"
+        drawn = x
+    return figure_html(
+        "chart", 90, '<line class="half" x1="0" x2="1000" y1="45" y2="45"/>'
+        f'<path class="line" d="{path}H1000"/>',
+        f"Share opened after a time; {percent(share)} % in the end, dashed: half",
+        "Share opened by a time after sending (dashed: half)", time_axis())
+
+
+def strip_chart(dots: Iterable[Tuple[float, str, str]]) -> str:
+    """Return what happened to one mail, on an axis of time.
+
+    A dot has its seconds after sending, its class and its words.
+    """
+    marks = "".join(
+        f'<g><title>{escaped(words)}</title><rect class="{kind}" '
+        f'x="{990 * time_place(after):.1f}" y="3" width="6" height="24"/></g>'
+        for after, kind, words in dots)
+    return figure_html("strip", 30, '<line class="half" x1="0" x2="1000" y1="15" '
+                       f'y2="15"/>{marks}', "What happened when after sending",
+                       below=time_axis())
+
+
 # -- report: the figures by groups, as text and as a page ------------------------
+
+FUNNEL = ("clicked", "replied", "bounced")
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")  # as in %a
+
+
+class Report:
+    """The figures of the mails that are wanted, and of groups of them."""
+
+    TIMES = {"day": "%Y-%m-%d", "hour": "%H", "weekday": "%u %a"}  # of sending
+
+    def __init__(self, files: Files, options: argparse.Namespace) -> None:
+        self.by, self.total = options.by, Figures()
+        self.groups: Dict[str, Figures] = {}
+        self.clock = time.localtime if options.local else time.gmtime
+        self.zone = "/".join(time.tzname) if options.local else "UTC"
+        stories, now = Stories(files.log), time.time()
+        stories.look()
+        columns, rows = register_rows(files)
+        mail_in, campaign = mail_of(columns), cell_of(columns, "campaign")
+        tag_id, group = itemgetter(columns.index("id")), self._grouping(columns)
+        since = seconds(options.since or "")
+        for row in progress(rows, "reading rows"):
+            mail = mail_in(row)
+            if (not options.since or mail.since >= since) \
+                    and options.campaign in ("", campaign(row)):
+                story = stories.of(tag_id(row))
+                self.total.add(mail, story, now)
+                if self.by:
+                    name = group(row, mail) or "(none)"
+                    if name not in self.groups:
+                        self.groups[name] = Figures()
+                    self.groups[name].add(mail, story, now)
+
+    def _grouping(self, columns: Sequence[str]) -> Callable[[Row, Mail], str]:
+        """Return what names the group of a row; raise TrackerError."""
+        if self.by in columns or not self.by:
+            cell = cell_of(columns, self.by)
+            return lambda row, mail: text_in(cell(row))
+        if self.by not in self.TIMES:
+            raise TrackerError(f"no column {self.by}; there are "
+                               f"{', '.join([*columns, *self.TIMES])}")
+        return lambda row, mail: time.strftime(
+            self.TIMES[self.by], self.clock(mail.since)) if mail.since > 0 else ""
+
+    def in_order(self) -> List[Tuple[str, Figures]]:
+        """Return the groups by time, recipients by their score, others by size."""
+        def key(group: Tuple[str, Figures]) -> Tuple[float, str]:
+            name, figures = group
+            if self.by == "email":
+                rating = self.score(figures)
+                return 1.0 if rating is None else -rating, name
+            return 0 if self.by in self.TIMES else -figures.sent, name
+        return sorted(self.groups.items(), key=key)
+
+    def score(self, figures: Figures) -> Optional[float]:
+        """Rate a recipient from 0 to 100; None where nothing can be known."""
+        known = figures.sent - figures.states["hidden"]
+        days = (time.time() - seconds(figures.last_open or utc_text(0))) / 86400
+        return score(figures.states["opened"], known, self.total.rates()[1], days) \
+            if known else None
+
+    def heading(self) -> Tuple[str, ...]:
+        """Return what stands over the cells of a group."""
+        if self.by == "email":
+            return "email", "sent", "opened", "clicked", "replied", "last open"
+        return (self.by, "sent", "opened at least", "estimated", "half by",
+                *FUNNEL * (self.by not in self.TIMES))
+
+    def cells(self, name: str, figures: Figures) -> List[str]:
+        """Return what is shown of a group, as texts."""
+        floor, estimate, low, high, _ = figures.rates()
+        sent, half = figures.sent, figures.half_time()
+        if self.by == "email":
+            return [name, str(sent), str(figures.states["opened"]),
+                    str(figures.clicked), str(figures.replied),
+                    figures.last_open[:16].replace("T", " ") or "-"]
+        shown = f"{percent(estimate)} % ({percent(low)} to {percent(high)})" \
+            if sent >= FEW and sent > figures.states["hidden"] \
+            else f"{percent(low)} to {percent(high)} %"
+        funnel = figures.clicked, figures.replied, figures.states["bounced"]
+        return [name, str(sent), f"{percent(floor):>3} %", shown,
+                "-" if half is None else lasting(half),
+                *map(str, funnel * (self.by not in self.TIMES))]
+
+    def chosen(self, names: Sequence[str]) -> List[Tuple[str, Figures]]:
+        """Return two groups by their names; raise TrackerError for one of none."""
+        for name in names:
+            if name not in self.groups:
+                known = ", ".join(each for each, _ in self.in_order()[:20])
+                raise TrackerError(f"no {self.by} {clean(name)}; there are "
+                                   f"{clean(known) or 'none'}")
+        return [(name, self.groups[name]) for name in names]
+
+
+class Comparison(NamedTuple):
+    """Whether two groups differ in a share, as far as can be told."""
+
+    what: str
+    shares: Tuple[float, float]
+    totals: Tuple[int, int]
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def is_told(self) -> bool:
+        """Tell whether chance alone would hardly make such a difference."""
+        return not self.low <= 0 <= self.high
+
+    def more(self) -> Optional[int]:
+        """Return how many more each group needs to tell such a difference, or None."""
+        needed = None if self.is_told or not min(self.totals) else enough(*self.shares)
+        return None if needed is None else max(1, needed - min(self.totals))
+
+    def lines(self, a: str, b: str) -> Iterator[str]:
+        """Yield in words what can be told of two groups with names."""
+        shares = [f"{name} {percent(share)} % of {total:,}" for name, share, total
+                  in zip((a, b), self.shares, self.totals)]
+        yield f"{self.what}: {', '.join(shares)}"
+        winner = a if self.difference > 0 else b
+        yield f"  difference {100 * self.difference:+.0f} points " \
+            f"({100 * self.low:+.0f} to {100 * self.high:+.0f}): " + (
+                f"{winner} has more" if self.is_told else "no difference can be told")
+        if self.more():
+            yield f"  one as large would be told with about {self.more():,} more each"
+
+
+def compared(a: Figures, b: Figures) -> Iterator[Comparison]:
+    """Yield what can be told of two groups: by clicks first, then by opens."""
+    for what, counts in (
+            ("clicked", [(each.clicked, each.sent) for each in (a, b)]),
+            ("opened, estimated", [(each.states["opened"],
+                                    each.sent - each.states["hidden"])
+                                   for each in (a, b)])):
+        (count, total), (other, others) = counts
+        yield Comparison(what, (count / max(total, 1), other / max(others, 1)),
+                         (total, others), *newcombe(count, total, other, others))
+
+
+def report_lines(report: Report, names: Sequence[str], screen: int) -> Iterator[str]:
+    """Yield a report as text; names are those of two groups to compare."""
+    if names:
+        (a, one), (b, other) = report.chosen(names)
+        for comparison in compared(one, other):
+            yield from map(clean, comparison.lines(a, b))
+        yield "whoever looks again and again until a difference shows will find one"
+        return
+    if report.by:
+        def shown(name: str, figures: Figures) -> List[str]:
+            cells = [clean(cell) for cell in report.cells(name, figures)]
+            if report.by != "email":
+                cells[2] += " " + bar(figures.rates()[0], 10)
+            return cells
+
+        yield from table_lines(list(report.heading()),
+                               starmap(shown, report.in_order()), 0, screen,
+                               ("sent", "opened", *FUNNEL))
+        yield f"\nall: {rate_words(report.total)}"
+        return
+    yield rate_words(report.total)
+    yield f"{state_bar(report.total, min(screen or 78, 78))}\n"
+    for what, value, why in cards(report.total):
+        yield f"{what:21}{value:>9}  {why}".rstrip()
+
+
+def state_bar(figures: Figures, width: int) -> str:
+    """Return one line of what was opened, cannot be known, and was not hit."""
+    ends = [round(width * sum(list(figures.states.values())[:n]) / (figures.sent or 1))
+            for n in range(4)]
+    return "".join(letter * (end - start) for letter, start, end in zip(
+        "█▒░", ends, ends[1:]))
+
+
+def report_values(report: Report, names: Sequence[str]) -> Dict[str, Any]:
+    """Return a report for JSON; shares are fractions, None is unknown."""
+    groups = report.chosen(names) if names else report.in_order()
+    values: Dict[str, Any] = {"all": report.total.as_json()}
+    if report.by:
+        values["groups"] = [{report.by: name, **figures.as_json(), **(
+            {"score": report.score(figures)} if report.by == "email" else {})}
+            for name, figures in groups]
+    if names:
+        values["compared"] = [
+            {**each._asdict(), "is_told": each.is_told, "more_needed": each.more()}
+            for each in compared(groups[0][1], groups[1][1])]
+    return values
+
+
+def report_rows(report: Report, names: Sequence[str]) -> Iterator[Row]:
+    """Yield a report as rows of a CSV file, the heading first."""
+    values = report_values(report, names)
+    for number, group in enumerate(values.get("groups", [values["all"]])):
+        rates = group.pop("rate")
+        group.update((f"rate_{name}", rate) for name, rate in rates.items())
+        if not number:
+            yield [*group]
+        yield ["" if value is None else str(value) for value in group.values()]
+
+
+def report_page(report: Report, names: Sequence[str]) -> str:
+    """Return a report as one page that asks nobody for anything."""
+    total, zone = report.total, report.zone
+    body = f"<h1>Mail report</h1>\n<p>{rate_words(total)}</p>\n" + share_chart(total) \
+        + cards_html(total) + curve_chart(total)
+    firsts = [report.clock(first) for first in total.firsts if first > 0]
+    for form, labels, caption in (
+            ("%Y-%m-%d", last_days(max(total.firsts, default=0), report.clock),
+             "First opens by day"),
+            ("%H", [f"{hour:02}" for hour in range(24)], "First opens by hour"),
+            ("%u %a", [f"{n + 1} {day}" for n, day in enumerate(WEEKDAYS)],
+             "First opens by weekday")):
+        counts = dict.fromkeys(labels, 0)
+        for when in (time.strftime(form, first) for first in firsts):
+            counts[when] = counts.get(when, 0) + 1
+        body += columns_chart([(label, counts[label], 0) for label in labels],
+                              f"{caption} ({zone})")
+    if report.by:
+        body += table_html(f"By {escaped(report.by)}", report.heading(), (
+            report.cells(*group) for group in report.in_order()))
+    if names:
+        body += "<h2>Compared</h2>\n" + "".join(
+            f"<p>{escaped(line)}</p>\n" for line in report_lines(report, names, 0))
+    body += f'<p class="note dim">{CAUTION} Opens follow sending: no best hour to ' \
+            f"send can be read off here. Made {utc_text(time.time())}.</p>\n"
+    return page_html("Mail report", body)
+
+
+def last_days(until: float, clock: Callable[[float], time.struct_time]) -> List[str]:
+    """Return the 30 days that end with a time."""
+    return [time.strftime("%Y-%m-%d", clock(until - 86400 * n))
+            for n in reversed(range(30))] if until else []
+
+
+def table_html(caption: str, heading: Sequence[str], rows: Iterable[Row]) -> str:
+    """Return a table of texts; the first of each row is what it tells of."""
+    def line(cells: Row) -> str:
+        first, *rest = map(escaped, cells)
+        return f'<tr><th scope="row">{first}</th>' + "".join(
+            f"<td{' class=n' * cell.isdecimal()}>{cell}</td>"
+            for cell in rest) + "</tr>\n"
+
+    titles = "".join(f'<th scope="col">{escaped(title)}</th>' for title in heading)
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+            f"<table><caption>{caption}</caption>\n<thead><tr>{titles}</tr></thead>\n"
+            f"<tbody>\n{''.join(map(line, rows))}</tbody></table></div>\n")
 
 
 # -- dashboard: a page to look at, and its API -----------------------------------
@@ -7710,6 +8166,28 @@ def print_rows(columns: Sequence[str], rows: Iterable[Row],
         rows = defused(columns, chain([[*columns]], rows))
         csv.writer(sys.stdout, lineterminator="\n").writerows(
             (map(clean, row) for row in rows) if sys.stdout.isatty() else rows)
+    return 0
+
+
+def cmd_report(options: argparse.Namespace) -> int:
+    """Say what came of the mail: what was opened, and what cannot be known."""
+    if options.compare and not options.by:
+        options.by = "variant" if options.campaign else "campaign"
+    report = Report(Files(options.register, options.events), options)
+    if options.format == "json":
+        import json
+
+        print(json.dumps(report_values(report, options.compare), indent=1))
+    elif options.format == "csv":
+        set_stdout("utf-8")
+        csv.writer(sys.stdout, lineterminator="\n").writerows(
+            map(clean, map(escape_formula, row))
+            for row in report_rows(report, options.compare))
+    elif options.format == "html":
+        set_stdout("utf-8")
+        print(report_page(report, options.compare), end="")
+    else:
+        print_lines(report_lines(report, options.compare, screen_width()))
     return 0
 
 
@@ -8086,6 +8564,23 @@ def add_dump(commands: Any) -> None:
         help="print each event as it comes; with --since those before as well")
 
 
+def add_report(commands: Any) -> None:
+    """Add the options of report."""
+    add = add_command(commands, cmd_report, "--by campaign --since 30d").add_argument
+    add("--by", metavar="COLUMN", default="", help="a line for each value of a column: "
+        "name, email, campaign, one of your own; or by day, hour, weekday of sending")
+    add("--since", metavar="WHEN", type=moment_argument,
+        help="only mail sent since then: 2026-11-01, 3d, 12h")
+    add("--campaign", metavar="NAME", default="", help="only mail of this mailing")
+    add("--compare", metavar=("A", "B"), nargs=2, default=[],
+        help="tell whether two of these differ (default: of --by campaign; with "
+        "--campaign, of --by variant)")
+    add("--local", action="store_true",
+        help="days and hours of this machine's zone, not UTC")
+    add("--format", choices=("text", "csv", "json", "html"), default="text",
+        help="how to show it (default: %(default)s); html is a page in one file")
+
+
 def add_scan(commands: Any) -> None:
     """Add the options of scan."""
     add = add_command(commands, cmd_scan,
@@ -8424,8 +8919,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version",
                         version=f"mailtracker {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (add_server, add_newtag, add_send, add_relay, add_dump, add_scan,
-                add_others):
+    for add in (add_server, add_newtag, add_send, add_relay, add_dump, add_report,
+                add_scan, add_others):
         add(commands)
     parser.set_defaults(commands=commands.choices)
     return parser
