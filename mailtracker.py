@@ -618,7 +618,8 @@ def time_in(cell: str) -> str:
 EVENT_COLUMNS = ("time", "event", "id", "hits", "opens", "verdict", "reason",
                  "address", "detail")
 EVENT_HEADER = ",".join(EVENT_COLUMNS).encode() + b"\n"
-OPENS = ("human", "proxy")  # verdicts on hits that are opens
+OPENS = ("human", "proxy")  # verdicts on hits that are opens, but for these reasons:
+NO_OPENS = ("repeat", "opened")
 
 SAVING = 2.0        # seconds without a change until a person's save is complete
 LOOK_EVERY = 1.0    # seconds between two settles, or more where one costs more:
@@ -717,7 +718,7 @@ def parse_event(line: bytes) -> Optional[Event]:
 
 def is_open(verdict: str, reason: str) -> bool:
     """Tell whether a hit that is so judged is a new open."""
-    return verdict in OPENS and reason != "repeat"
+    return verdict in OPENS and reason not in NO_OPENS
 
 
 EVENTS = {
@@ -735,6 +736,7 @@ EVENTS = {
     "unsubscribed": "its recipient wants no more mail",
     "skipped": "its recipient was left out of a mailing; the detail is the campaign",
     "hit": "its pixel was fetched; the detail is the User-Agent",
+    "clicked": "a link was followed; the detail is the link and the User-Agent",
     "verdict": "an earlier hit is judged anew",
     "count": "counts from elsewhere; time and detail are the last hit and open",
     "forget": "all that was known of it is removed",
@@ -7029,7 +7031,7 @@ class Relay:
 AHEAD = ("apple-mpp", "apple-mpp-agent")
 ASIDE = ("machine", "self", "unknown", "repeat")  # hits that are no opens, and why
 _STORY_LINE = re.compile(
-    rf"^({_TIME.pattern}),(hit|clicked|replied|bounced),([^,\n]*),\d*,(\d*),"
+    rf"^({_TIME.pattern}),(hit|clicked|replied|bounced),([^,\n]*),\d*,\d*,"
     r"([^,\n]*),([^,\n]*),(.*)\n", re.M)
 NO_HITS = (0,) * len(ASIDE)
 UNSENT = ("queued", "sending", "failed")
@@ -7123,23 +7125,25 @@ class Stories:
 
     def _take(self, line: Sequence[str]) -> None:
         """Take in the cells of a line that tells something."""
-        when, kind, tag_id, opens, verdict, reason, client = line
+        when, kind, tag_id, verdict, reason, client = line
         if self._verdicts:
             verdict, reason = self._verdicts.get(
                 (when, tag_id, client), (verdict, reason))
-        is_new = verdict in OPENS and reason != "repeat"  # as is_open
+        by_person = verdict in OPENS
+        is_new = by_person and reason not in NO_OPENS  # as is_open
         if kind == "hit":
             self.hours.setdefault(when[:13], [0, 0])[is_new] += 1
+            by_person = is_new
             if not is_new:
                 self._set_aside(tag_id, verdict, reason)
+        elif kind == "clicked" and by_person:
+            self._clicked[tag_id] = self._clicked.get(tag_id) or seconds(when)
+            if is_new:
+                self._by_click.add(tag_id)
         elif kind in self._told:
             self._told[kind].add(tag_id)
-            is_new = kind == "replied"
-        elif is_new and tag_id not in self._clicked:
-            self._clicked[tag_id] = seconds(when)
-            if opens == "1" and tag_id not in self._first:
-                self._by_click.add(tag_id)
-        if is_new and tag_id not in self._first:
+            by_person = kind == "replied"
+        if by_person and tag_id not in self._first:
             self._first[tag_id] = seconds(when)
 
     def _set_aside(self, tag_id: str, verdict: str, reason: str) -> None:

@@ -61,6 +61,9 @@ BARS: dict[str, tuple[Any, ...]] = {
     "rejudge": ("rejudge, {tags} events, to reading them", "<=", 4, "x"),
     "rejudge first": ("    the first time, 1 verdict in 20 is old", "<=", 4, "x"),
     "rejudge memory": ("    peak memory, the highest", "<=", 100, "MB"),
+    "report": ("report of {tags} tags and more events, to reading these", "<=", 8, "x"),
+    "report seconds": ("    seconds", "<=", 8, "s"),
+    "report memory": ("    peak memory", "<=", 300, "MB"),
     "mail": ("mails/s through the relay, one recipient", ">=", 150, "/s"),
     "mail relay": ("    of it, to the smarthost itself",),
     "mail send": ("    of send, to the smarthost itself",),
@@ -452,6 +455,21 @@ def measure_rejudge(lab: Lab) -> Iterator[Reading]:
     yield lab.against("rejudge", rejudge, READ, tags.log)
     peak = max(megabytes for _, megabytes in used)
     yield "rejudge memory", peak, f"{peak:.0f} MB"
+
+
+def measure_report(lab: Lab) -> Iterator[Reading]:
+    """Time `report` over all tags, settled, against reading its log."""
+    tags, used = lab.tags(lab.size, lab.size * 27 // 20), []
+
+    def report() -> float:
+        used.append(metered(*lab.command("report", tags)))
+        return used[-1][0]
+
+    yield lab.against("report", report, READ, tags.log)
+    seconds, peak = median(each[0] for each in used), max(
+        each[1] for each in used)
+    yield "report seconds", seconds, f"{seconds:.1f} s"
+    yield "report memory", peak, f"{peak:.0f} MB"
 
 
 MAIL = (b"From: Ann <ann@x.org>\r\nTo: bob@y.org\r\nSubject: Hello\r\n"
