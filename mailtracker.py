@@ -14,6 +14,7 @@ Make a tag, paste it into a mail, and let the server count its fetches:
     mailtracker.py dump --id 7hq2vxw             show one tag with its history
     mailtracker.py report --by campaign          what was opened, what is unknown
     mailtracker.py scan ~/Maildir                find bounces, answers, receipts
+    mailtracker.py doctor --server t.example.org  find what is wrong with a set-up
     mailtracker.py rejudge --dry-run             judge old hits by today's rules
     mailtracker.py forget john                   remove all that is known of a tag
     mailtracker.py settle                        bring the register up to date
@@ -839,7 +840,7 @@ def stamp_of(file: Any) -> Stamp:
     return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-_MARKS_AT = 32  # in the lock file, behind the number of the server's process
+_MARKS_AT = 32  # in the lock file, behind the server's process and version
 
 
 def read_marks(files: Files) -> Marks:
@@ -865,10 +866,18 @@ def server_lock(files: Files) -> Iterator[None]:
     """Be the one server of a register, or raise TrackerError."""
     with _opened(files.lock, os.O_RDWR | os.O_CREAT) as file:
         if not _has_lock(file):
-            number = os.pread(file, _MARKS_AT, 0).decode().strip() or "?"
+            number = (os.pread(file, _MARKS_AT, 0).decode().split() or "?")[0]
             raise TrackerError(f"a server uses this register already: process {number}")
-        os.pwrite(file, b"%-31d\n" % os.getpid(), 0)
+        os.pwrite(file, f"{f'{os.getpid()} {__version__}':31}\n".encode(), 0)
         yield
+
+
+def server_of(files: Files) -> List[str]:
+    """Return the process and the version of a register's server; none if none runs."""
+    with suppress(FileNotFoundError), _opened(files.lock) as file:
+        if not _has_lock(file):
+            return os.pread(file, _MARKS_AT, 0).decode().split()
+    return []
 
 
 @contextmanager
@@ -3303,6 +3312,7 @@ _PROXY_HEADER = re.compile(rb"^x-(?:forwarded-(for|proto|host|port)|real-ip):",
                            re.I | re.M)
 _PRIVATE = re.compile(r"127\.|10\.|172\.(?:1[6-9]|2\d|3[01])\.|192\.168\.|169\.254\."
                       r"|::1$|f[cd]|fe[89ab]", re.I)
+FORGED = b"192.0.2.77"  # nobody's (RFC 5737): doctor claims it, to see who is believed
 # EAGAIN, and what OpenSSL says for it: want read, want write.
 _NOT_YET = (errno.EAGAIN, 2, 3)
 # Where recipients unsubscribe; with an extension behind it, it is a pixel.
@@ -3664,6 +3674,7 @@ class Tracker:
         added = {name.lower() for name in _PROXY_HEADER.findall(headers)}
         return Client(request, address, agent,
                       b"for" in added and not self._is_trusted(peer)
+                      and FORGED not in headers
                       and (len(added) > 1 or bool(_PRIVATE.match(peer))))
 
     def _kept(self, address: str, agent: str) -> Tuple[str, str]:
@@ -7808,6 +7819,564 @@ def table_html(caption: str, heading: Sequence[str], rows: Iterable[Row]) -> str
 
 
 # -- doctor: what is wrong with a set-up, and what to do --------------------------
+# Each check yields what it finds as level, what is wrong and what to do; what ends it,
+# and those that need it, it raises. Asked are the tracker's own URL and the resolver,
+# nobody else, in bounded time and bytes: whatever answers is not trusted.
+
+Found = Tuple[str, str, str]
+
+PROBE = "mailtracker doctor: a probe"  # the name of a tag that is forgotten at once
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 10.0
+SLOW = 2.0              # seconds for a pixel after which some readers have gone on
+MOST_ANSWER = 1 << 16   # bytes
+MOST_ADDRESSES = 8      # of a name
+WAIT_SECONDS = 300.0    # for a hit from elsewhere
+MOST_MAIL = 64 << 20    # bytes
+DAY = 86400.0
+GMAIL_CLIPS = 102 << 10  # bytes of HTML
+FREE_SPACE = 50 << 20   # bytes
+
+# Paths that EasyPrivacy (easylist.to, November 2026) blocks on any host.
+_BLOCKED = re.compile(
+    r"/(?:track/open|mailings/opened|(?:mail|view)-tracking|(?:_|api/|app/|v[12]/)track"
+    r"ing|tracking/(?:pixel|events|views)|tracking_?pixel|emimp|newsletter/log|webbug"
+    r"|(?:notifications|analytics)/beacons?)/|/track(?:ing)?pixel\.|/p1x1\.gif"
+    r"|://(?:track\.email\.|email\.[^/]*/o/)", re.I)
+_CERTIFICATES = {  # by the code of OpenSSL (x509_vfy.h)
+    9: "set this machine's clock, or wait until it begins",
+    10: "renew it, and let the proxy read it again",
+    20: "serve the whole chain, with what is between (fullchain.pem): browsers fetch "
+        "what is missing, mail proxies do not",
+    62: "get one for this name, or give newtag the name that it is for"}
+_CERTIFICATES[21] = _CERTIFICATES[20]
+_AUTHENTICATIONS = {
+    "spf": "let the SPF record of the envelope's domain name the server that sends",
+    "dkim": "let the server that sends sign for {}, and publish its key",
+    "dmarc": "publish a DMARC record for {} (v=DMARC1; p=none will do), and let SPF or "
+             "DKIM pass for that domain"}
+_METHOD_RESULT = re.compile(r";\s*(spf|dkim|dmarc)\s*=\s*(\w+)")
+_MASKED = re.compile(r"((?:https?://|www\.)[^\s<>]+) <(https?://[^\s<>]+)>", re.I)
+_LINK_HOST = re.compile(r"(?:https?://)?(?:www\.)?([^/?#:]*)", re.I)
+_HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
+
+
+class Finding(NamedTuple):
+    """What a check says: an error, a warning, a note, or that it was skipped."""
+
+    check: str
+    level: str
+    what: str
+    advice: str = ""
+
+    def text(self) -> str:
+        """Return it in one line, and what to do in another."""
+        advice = f"\n  to do: {clean(self.advice)}" if self.advice else ""
+        return f"{self.level}: {self.check}: {clean(self.what)}{advice}"
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in whatever takes longer, however it trickles in."""
+    def end(*_: object) -> NoReturn:
+        raise TimeoutError(errno.ETIMEDOUT, f"no whole answer within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def probe(files: Files) -> Iterator[str]:
+    """Lend a tag that is forgotten afterwards, whatever happens but kill -9.
+
+    It stands in the log alone, as made a day ago: so no hit is taken for its sender's
+    or for a scanner's.
+    """
+    def put(handler: Any) -> List[Any]:
+        return [signal.signal(number, handler) for number in ending]
+
+    ending = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    tag_id, = new_ids(os.urandom(32))
+    made = Event(utc_text(time.time() - DAY), "made", tag_id, 0, 0, detail=PROBE)
+    before = put(signal.default_int_handler)
+    try:
+        append_events(files, [made])
+        yield tag_id
+    finally:
+        put(signal.SIG_IGN)
+        forget_tags(files, [tag_id])
+        for number, handler in zip(ending, before):
+            signal.signal(number, handler)
+
+
+def hits_on(files: Files, tag_id: str) -> List[Event]:
+    """Return the hits of a tag."""
+    return [event for event in read_log(files.log, tag_id.encode())
+            if event.event == "hit" and event.id == tag_id]
+
+
+def addresses_of(host: str, port: int) -> List[str]:
+    """Return the addresses of a host; raise TrackerError for none."""
+    import socket
+
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise TrackerError(f"no address of {host} is found: {error.strerror}; see that "
+                           "its DNS has one, and that this machine asks it") from None
+    return list(dict.fromkeys(str(each[4][0]) for each in found))[:MOST_ADDRESSES]
+
+
+def connection_to(address: str, port: int) -> socket.socket:
+    """Connect to an address; raise OSError.
+
+    To this machine itself from an address where no proxy is, if it has such a one.
+    """
+    import socket
+
+    if address.startswith("127."):
+        with suppress(OSError):
+            return socket.create_connection((address, port), CONNECT_SECONDS,
+                                            ("127.77.77.77", 0))
+    return socket.create_connection((address, port), CONNECT_SECONDS)
+
+
+def is_public(address: str) -> bool:
+    """Tell whether everybody can reach an address."""
+    from ipaddress import ip_address
+
+    try:
+        return ip_address(address.partition("%")[0]).is_global
+    except ValueError:
+        return False
+
+
+def credited(address: str, own: str) -> Iterator[Found]:
+    """Yield what is wrong with whom a server took for the client, as it is logged.
+
+    own is who asked, as far as is known, and said that it was FORGED.
+    """
+    forged = FORGED.decode()
+    if not address:
+        yield ("skipped", "who is taken for the reader cannot be told, as the server "
+               "keeps no addresses", "")
+    elif own in (address, network(address).partition("/")[0]) or address == \
+            kept_address(own, "truncate"):
+        pass
+    elif address in (forged, kept_address(forged, "truncate")):
+        yield ("error", "a forged X-Forwarded-For is believed",
+               "let the proxy overwrite that header, not pass it on, and let "
+               "--trusted-proxy name the proxy's address only")
+    elif is_public(own) or not is_public(address):
+        yield ("error", f"every reader seems to come from {address}: that is the proxy",
+               "name it with --trusted-proxy, and let it send X-Forwarded-For")
+
+
+def rested(files: Files, log: Stamp) -> bool:
+    """Tell whether the register holds a log up to where it was, and no settle runs."""
+    marks = read_marks(files)
+    return marks[:2] == (stamp_of(files.register), stamp_of(files.bak)) \
+        and (not log.size or log.inode == marks.log.inode
+             and log.size <= marks.log.offset) \
+        and not any(map(os.path.exists, (files.old, files.new)))
+
+
+def modes(files: Files) -> Iterator[Found]:
+    """Yield which files others can read, or somebody else owns."""
+    stem = files.register[:-4] if files.register.endswith(".csv") else files.register
+    owner = os.stat(files.register).st_uid
+    for path in (*files.versions, files.lock, *log_files(files.log), f"{stem}.key",
+                 f"{stem}.links.csv"):
+        with suppress(FileNotFoundError):
+            status = os.stat(path)
+            if status.st_uid != owner:
+                yield ("error", f"{path} and {files.register} have two owners",
+                       "give both to the user of the server with chown")
+            if status.st_mode & (0o077 if path.endswith(".key") else 0o007):
+                yield ("warning", f"{path} is open to others",
+                       f"chmod {'600' if path.endswith('.key') else 'o='} it")
+
+
+def answer_faults(reply: Any, body: bytes) -> Iterator[Found]:
+    """Yield what is wrong with an answer to the GET of a pixel; raise if it is none."""
+    kind = cut(reply.getheader("Content-Type", ""), 80)
+    if 300 <= reply.status < 400:
+        raise TrackerError(
+            "the pixel's URL leads on to another, "
+            f"{cut(reply.getheader('Location', '?'), 80)}; give newtag that one")
+    if "html" in kind.lower():
+        raise TrackerError("a web page comes instead of the pixel; let its path pass by "
+                           "the log-in, or by 'checking your browser'")
+    if reply.status != 200:
+        raise TrackerError(f"the pixel's URL answers {reply.status}; see whether the "
+                           "server runs, and the proxy hands all of the path on to it")
+    for is_wrong, level, what, advice in (
+            (body != PIXEL, "error", f"what comes is not the pixel ({len(body)} bytes)",
+             "switch off what changes pictures on the way"),
+            (kind.lower() != "image/gif", "error", f"the pixel comes as '{kind}'",
+             "let the proxy leave Content-Type as it is: image/gif"),
+            ("no-store" not in reply.getheader("Cache-Control", "").lower(), "error",
+             "the pixel may be kept in a cache: later opens will be missing",
+             "let the proxy leave Cache-Control as it is, and keep nothing"),
+            (reply.getheader("Set-Cookie"), "warning", "a cookie comes with the pixel",
+             "let the proxy set none there: nobody has agreed to it")):
+        if is_wrong:
+            yield level, what, advice
+
+
+def authentication_faults(head: bytes) -> Iterator[Found]:
+    """Yield what a receiver, by its topmost word (RFC 8601), held against a message."""
+    results = [re.sub(r"\([^()]*\)", "", value).lower()
+               for value in fields(head, "Authentication-Results")]
+    if not results:
+        yield ("warning", "no receiver says what it thinks of it",
+               "save it in the mailbox that got it, as source or original")
+        return
+    judge = results[0].partition(";")[0].strip()
+    sender = "".join(_found(_ANY_ADDRESS, head, "From")[:1]).rpartition("@")[2].lower()
+    said: Dict[str, List[str]] = {}
+    for value in results:
+        if value.partition(";")[0].strip() == judge:
+            for method, result in _METHOD_RESULT.findall(value):
+                said.setdefault(method, []).append(result)
+    for method, found in said.items():
+        if "pass" not in found:
+            yield ("error" if "fail" in found else "warning",
+                   f"{judge} says {method}={found[0]}",
+                   _AUTHENTICATIONS[method].format(sender))
+    signers = re.findall(r"(?:^|[;\n])\s*d\s*=\s*([\w.-]+)", "\n".join(
+        fields(head, "DKIM-Signature")).lower())
+    if "pass" not in said.get("dmarc", []) and not any(
+            f".{a}".endswith(f".{b}") for each in signers
+            for a, b in ((each, sender), (sender, each))):
+        yield ("warning", f"it is from {sender}, and signed by {', '.join(signers)}"
+               if signers else "it is not signed (DKIM)",
+               _AUTHENTICATIONS["dkim"].format(sender))
+
+
+def masked_links(html: str) -> Iterator[Found]:
+    """Yield links that show one URL and lead to another."""
+    for shown, target in _MASKED.findall(plain_text_of(html[:MOST_HTML])):
+        hosts = {_LINK_HOST.findall(url)[0].lower() for url in (shown, target)}
+        if len(hosts) > 1:
+            yield ("warning",
+                   f"a link shows {cut(shown, 60)} and leads to {cut(target, 60)}",
+                   "mail programs warn of such links as fraud: let it show words")
+
+
+def pixels_in(html: str) -> Iterator[Tuple[str, str, int, str]]:
+    """Yield id, URL, place and element of pictures in HTML that may be pixels."""
+    from html import unescape
+
+    for image in _IMAGE.finditer(html):
+        source = _SOURCE.search(image[0])
+        url = unescape(source[source.lastindex or 0]) if source else ""
+        for tag_id in ids_in_path(url.encode("utf-8", "replace"))[:1]:
+            yield tag_id.decode(), url, image.start(), image[0]
+
+
+class Doctor:
+    """Examine a set-up; every check is a method, and what it is for its first line."""
+
+    # In the order in which they are done, with those that each needs.
+    CHECKS = {"files": "", "clock": "files", "path": "", "name": "",
+              "certificate": "name", "pixel": "name certificate",
+              "client": "files pixel", "wait": "files", "message": ""}
+    UPON_REQUEST = ("wait", "message")
+
+    def __init__(self, files: Files, url: str, message: str = "",
+                 resolve: Callable[[str, int], List[str]] = addresses_of,
+                 connect: Callable[[str, int], socket.socket] = connection_to) -> None:
+        from urllib.parse import urlsplit
+
+        parts = urlsplit(url)
+        self._files, self._url, self._message = files, url, message
+        self._host, self._is_tls = parts.hostname or "", parts.scheme == "https"
+        self._port = parts.port or (443 if self._is_tls else 80)
+        self._resolve, self._connect = resolve, connect
+        self._failed: Set[str] = set()
+
+    def findings(self, names: Collection[str]) -> Iterator[Finding]:
+        """Yield what some checks find."""
+        for name, needed in self.CHECKS.items():
+            if name in names:
+                causes = [need for need in needed.split() if need in self._failed]
+                yield from dict.fromkeys(self._done(name, causes))
+
+    def _done(self, name: str, causes: Sequence[str]) -> Iterator[Finding]:
+        """Do a check, unless others say that it is in vain."""
+        if causes:
+            self._failed.add(name)
+            yield Finding(name, "skipped", f"did not run, as {causes[0]} failed")
+            return
+        try:
+            for found in getattr(self, name)():
+                yield Finding(name, *found)
+        except (OSError, TrackerError) as error:
+            self._failed.add(name)
+            what, _, advice = explain(error).partition("; ")
+            yield Finding(name, "error", what, advice or (
+                "do it as the user of the server" if isinstance(error, PermissionError)
+                else "put that right, and ask again"))
+
+    @lru_cache(maxsize=1)
+    def _latest(self) -> str:
+        """Return the latest time in the register."""
+        columns, rows = register_rows(self._files)
+        cells = [cell_of(columns, column) for column in TIMES]
+        return max((cell(row) for row in rows for cell in cells), default="")
+
+    def files(self) -> Iterator[Found]:
+        """Are register and log whole, in step, served, and yours alone?"""
+        files, log = self._files, stamp_of(self._files.log)
+        self._latest()
+        yield from modes(files)
+        space = os.statvfs(os.path.dirname(files.register))
+        free = space.f_bavail * space.f_frsize
+        if free < max(FREE_SPACE, 3 * os.path.getsize(files.register)):
+            yield "error", f"only {free >> 20} MB of the disk are free", "make room"
+        if any(event.detail == PROBE for event in read_log(files.log, PROBE.encode())):
+            yield ("warning", "there is a probe of a doctor that runs, or was killed",
+                   f"if it was killed: mailtracker.py forget '{PROBE}'")
+        server = server_of(files)
+        if not server:
+            yield ("error", f"no server counts in {files.register}",
+                   "start it: mailtracker.py server, with this --register")
+            return
+        if server[1:] != [__version__]:
+            yield ("warning", f"this is version {__version__}, the server is another",
+                   "start the server again")
+        deadline = time.monotonic() + 5 * SAVING
+        while not rested(files, log):
+            if time.monotonic() >= deadline:
+                yield ("warning", f"{files.register} stays behind its log",
+                       "see what the server says, on stderr and at /health")
+                return
+            time.sleep(0.05)
+
+    def clock(self) -> Iterator[Found]:
+        """Is this machine's time right, as far as can be told?"""
+        from subprocess import DEVNULL, PIPE, SubprocessError, run
+
+        now = utc_text(time.time() + 60)
+        if self._latest() > now or any(now.encode() < line < b":"
+                                       for line in lines_of_log(self._files.log)):
+            yield ("warning", "register or log tells of times to come",
+                   "set this machine's clock, or correct those times")
+        with suppress(OSError, SubprocessError):
+            said = run(["timedatectl", "show", "-p", "NTPSynchronized", "--value"],
+                       stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=5,
+                       check=False).stdout
+            if said.strip() == b"no":
+                yield ("warning", "this machine's clock follows no time server",
+                       "timedatectl set-ntp true")
+
+    def path(self) -> Iterator[Found]:
+        """Do blockers of trackers let the pixel's URL pass?"""
+        found = _BLOCKED.search(self._url)
+        if found:
+            yield ("warning", f"lists such as EasyPrivacy block {found[0]}",
+                   "choose another --path for newtag, or another name")
+
+    def name(self) -> Iterator[Found]:
+        """Does every address of the server's name answer, and to everybody?"""
+        self._reached()
+        for address, error in self._addresses().items():
+            if is_loopback(address):
+                yield ("warning", f"{self._host} is this machine itself: fine for trying",
+                       "for mail to others, name a --server that they can reach")
+                continue
+            if not is_public(address):
+                yield ("error", f"{address} of {self._host} is private: nobody outside "
+                       "can reach it", "let its DNS name a public address; if it does, "
+                       "elsewhere, --wait will tell")
+            if error and error.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL):
+                yield "skipped", f"{address}: no way leads there from here", ""
+            elif error:
+                yield ("error", f"{address} of {self._host} does not answer: "
+                       f"{explain(error)}", "let the server or its proxy listen there, "
+                       "or take the address out of its DNS: who gets it sees no pixel")
+
+    @lru_cache(maxsize=1)
+    def _addresses(self) -> Dict[str, Optional[OSError]]:
+        """Return the addresses of the name, each with what is wrong with it."""
+        found: Dict[str, Optional[OSError]] = {}
+        for address in self._resolve(self._host, self._port):
+            found[address] = None
+            try:
+                self._connect(address, self._port).close()
+            except OSError as error:
+                found[address] = error
+        return found
+
+    def _reached(self) -> List[str]:
+        """Return the addresses that answer; raise TrackerError for none."""
+        found = self._addresses()
+        if all(found.values()):
+            errors = {explain(error): None for error in found.values() if error}
+            raise TrackerError(
+                f"nothing answers at {self._host}, port {self._port}: "
+                f"{', '.join(errors)}; start the server, or open the way to it")
+        return [address for address, error in found.items() if not error]
+
+    def _line(self, address: str) -> socket.socket:
+        """Return a connection to an address, and where it is TLS a verified one."""
+        line = self._connect(address, self._port)
+        line.settimeout(ANSWER_SECONDS)
+        if not self._is_tls:
+            return line
+        import ssl
+
+        try:
+            return ssl.create_default_context().wrap_socket(
+                line, server_hostname=self._host)
+        except ssl.SSLCertVerificationError as error:
+            advice = _CERTIFICATES.get(
+                error.verify_code, "get one that everybody trusts: Let's Encrypt's")
+            raise TrackerError(f"no mail proxy trusts the certificate at {address}: "
+                               f"{error.verify_message}; {advice}") from None
+        except ssl.SSLError as error:
+            raise TrackerError(f"no TLS at {address}: {error.reason}; let it speak TLS "
+                               f"on port {self._port}, or say http://") from None
+
+    def certificate(self) -> Iterator[Found]:
+        """Do mail proxies trust the certificate, and will they next week?"""
+        if not self._is_tls:
+            return
+        from ssl import cert_time_to_seconds
+
+        for address in self._reached():
+            with time_limit(ANSWER_SECONDS), self._line(address) as line:
+                told = line.getpeercert()  # type: ignore[attr-defined]
+            start, end = (cert_time_to_seconds(told[name])
+                          for name in ("notBefore", "notAfter"))
+            left = end - time.time()
+            if left < min(14 * DAY, (end - start) / 5):
+                yield ("warning", f"the certificate ends in {lasting(left)}",
+                       "renew it, and see why that has not happened by itself")
+
+    def _fetch(self, address: str, tag_id: str, *lines: str) -> Tuple[Any, bytes, str]:
+        """Return the answer to the GET of a pixel, its body, and who asked."""
+        import io
+        from http.client import HTTPException, HTTPResponse
+        from urllib.parse import urlsplit
+
+        parts, data = urlsplit(self._url.replace("{id}", tag_id)), b""
+        request = (f"GET {parts._replace(scheme='', netloc='').geturl()} HTTP/1.1",
+                   f"Host: {parts.netloc}", "User-Agent: mailtracker-doctor",
+                   "Connection: close", *lines, "", "")
+        with time_limit(ANSWER_SECONDS), self._line(address) as line:
+            own = plain_address(line.getsockname()[0])
+            line.sendall("\r\n".join(request).encode())
+            while len(data) < MOST_ANSWER:
+                block = line.recv(MOST_ANSWER)
+                if not block:
+                    break
+                data += block
+        reply: Any = HTTPResponse(
+            SimpleNamespace(makefile=lambda _: io.BytesIO(data)))  # type: ignore
+        try:
+            reply.begin()
+            return reply, reply.read(), own
+        except (HTTPException, ValueError):
+            raise TrackerError(f"{address} does not answer as a web server does; see "
+                               f"what listens on port {self._port}") from None
+
+    def pixel(self) -> Iterator[Found]:
+        """Does the pixel come from every address, as it is, at once?"""
+        tag_id, = new_ids(os.urandom(32))
+        for address in self._reached():
+            begun = time.monotonic()
+            reply, body, _ = self._fetch(address, tag_id)
+            took = time.monotonic() - begun
+            yield from answer_faults(reply, body)
+            if took > SLOW:
+                yield ("warning", f"the pixel took {took:.1f} s from {address}",
+                       "see what holds it up: some readers do not wait")
+
+    def client(self) -> Iterator[Found]:
+        """Does the server know readers from its proxy, and from what they claim?"""
+        with probe(self._files) as tag_id:
+            _, _, own = self._fetch(self._reached()[0], tag_id,
+                                    f"X-Forwarded-For: {FORGED.decode()}")
+            hits = hits_on(self._files, tag_id)
+        if not hits:
+            raise TrackerError(f"a pixel was fetched, but no hit came into "
+                               f"{self._files.log}; name the server's own --register, "
+                               "and its own --server")
+        yield from credited(hits[-1].address, own)
+
+    def wait(self) -> Iterator[Found]:
+        """Does a hit from elsewhere arrive? (--wait)"""
+        hits: List[Event] = []
+        deadline = time.monotonic() + WAIT_SECONDS
+        with probe(self._files) as tag_id:
+            note(f"open this on a phone, Wi-Fi off, within {WAIT_SECONDS / 60:.0f} "
+                 f"minutes; Ctrl-C ends it: {self._url.replace('{id}', tag_id)}")
+            while time.monotonic() < deadline \
+                    and all(hit.verdict == "machine" for hit in hits):
+                time.sleep(0.2)
+                hits = hits_on(self._files, tag_id)
+        if not hits:
+            raise TrackerError("nothing came; see that the name, the router and the "
+                               "firewall lead from outside to the server")
+        for hit in hits[-9:]:
+            yield ("note", f"a hit came from {hit.address or 'an address not kept'}: "
+                   f"{hit.verdict}, {REASONS.get(hit.reason, hit.reason)}", "")
+            if hit.address and not is_loopback(self._host):
+                yield from credited(hit.address, "")
+
+    def message(self) -> Iterator[Found]:
+        """Did a mail arrive with its pixel, and in honour? (--message FILE)"""
+        with open(self._message, "rb") as file:
+            raw = file.read(MOST_MAIL)
+        parts = split(raw)
+        part = _html_part(parts)
+        html = part_text(raw, part) if part else ""
+        if not fields(parts[0].head, "Received"):
+            yield from self._copy(html)
+            return
+        yield from authentication_faults(parts[0].head)
+        yield from masked_links(html)
+        yield from self._pixel_in(html)
+
+    def _copy(self, html: str) -> Iterator[Found]:
+        """Yield what is wrong with a mail that nobody received: one in Sent."""
+        names = names_of(self._files)
+        if any(pixel[0] in names for pixel in pixels_in(html)):
+            yield ("warning", "this is your own copy, nobody received it, and it has a "
+                   "pixel: your own looks at it are hits", "keep one without: relay "
+                   "leaves the copy in Sent as it is")
+        else:
+            yield ("note", "this is your own copy, without a pixel: good", "to have the "
+                   "mail judged, save it in the mailbox that received it")
+
+    def _pixel_in(self, html: str) -> Iterator[Found]:
+        """Yield what is wrong with the pixel in the HTML of a mail."""
+        found = list(pixels_in(html))
+        known = names_of(self._files) if found else {}
+        ours = [pixel for pixel in found if pixel[0] in known]
+        if not ours:
+            raise TrackerError(
+                f"its tag {found[0][0]} is not in {self._files.register}; name the "
+                "--register that has it" if found else
+                "there is no pixel in it; send it as HTML, with a tag")
+        _, url, at, element = ours[0]
+        for is_wrong, level, what, advice in (
+                (not url.startswith("https:"), "warning", "its pixel comes by http",
+                 "serve it by https: some programs load nothing else"),
+                (_HIDDEN.search(element), "error", "its pixel is hidden by its style",
+                 "leave that out: Gmail, for one, never loads what is hidden"),
+                (len(html[:at].encode("utf-8", "replace")) > GMAIL_CLIPS, "error",
+                 "its pixel comes after 102 KB of HTML, where Gmail cuts a mail off",
+                 "put it at the beginning, or write less")):
+            if is_wrong:
+                yield level, what, advice
 
 
 # ---------------------------------------------------------------------------
@@ -8429,6 +8998,9 @@ condition_argument = argument(_condition, "a condition such as city=B*")
 link_argument = argument(
     lambda text: matching("(?:https?://|mailto:)[!-;=?-~]{1,900}", text)[0],
     "a link that begins with https:// or mailto:")
+check_argument = argument(
+    lambda text: matching("|".join(Doctor.CHECKS), text)[0],
+    "a check: doctor --list-checks names them")
 address_argument = argument(address_in, "a mail address")
 mailbox_argument = argument(mailbox_in, "an address such as 'Ann <ann@x.org>'")
 template_argument = argument(
@@ -8736,6 +9308,39 @@ def add_relay(commands: Any) -> None:
         help="how much mail each of these takes (default: 1G)")
 
 
+def cmd_doctor(options: argparse.Namespace) -> int:
+    """Find what is wrong with a set-up, and say what to do."""
+    if options.list_checks:
+        return print_lines(f"{name:12} {getattr(Doctor, name).__doc__}"
+                           for name in Doctor.CHECKS)
+    url = tag_template(base_url(options.server or "localhost"), options.path, "url")
+    doctor = Doctor(Files(options.register, options.events), url, options.message)
+    wanted = {*(options.checks or set(Doctor.CHECKS) - {*Doctor.UPON_REQUEST}), *(
+        name for name in Doctor.UPON_REQUEST if getattr(options, name))}
+    findings = list(doctor.findings(wanted))
+    if options.json:
+        sys.stdout.writelines(json_lines(Finding._fields, map(list, findings)))
+    else:
+        print_lines(map(Finding.text, findings))
+    return int(any(finding.level == "error" for finding in findings))
+
+
+def add_doctor(commands: Any) -> None:
+    """Add the options of doctor."""
+    add = add_command(commands, cmd_doctor, "--server https://t.example.org --wait",
+                      "[CHECK ...]").add_argument
+    add("checks", metavar="CHECK", nargs="*", type=check_argument,
+        help="do this check only (default: all, without wait and message)")
+    add_pixel_server(add)
+    add("--path", metavar="TEMPLATE", type=template_argument, default="/{id}.gif",
+        help="where the pixel seems to lie, as for newtag (default: %(default)s)")
+    add("--wait", action="store_true", help="wait for a hit from elsewhere as well")
+    add("--message", metavar="FILE", default="",
+        help="judge a mail as well, saved as .eml in the mailbox that got it")
+    add("--list-checks", action="store_true", help="say what is checked")
+    add("--json", action="store_true", help="print what is found as JSON")
+
+
 def cmd_server(options: argparse.Namespace) -> int:
     """Serve pixels and count their hits."""
     files = Files(options.register, options.events)
@@ -8903,6 +9508,7 @@ RULES = (
     ("dump", "--unhit", "goes without", "--hit --opened --since"),
     ("dump", "--unopened", "goes without", "--opened"),
     ("scan", "--follow", "goes without", "--dry-run"),
+    ("doctor", "--list-checks", "goes without", "CHECKS --wait --message --json"),
     ("forget", "--older-than", "goes without", "TAGS"),
     ("forget", "--yes", "goes without", "--dry-run"),
     ("settle", "--rotate-events", "needs", "--worker"),
@@ -8924,7 +9530,7 @@ def build_parser() -> argparse.ArgumentParser:
                         version=f"mailtracker {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for add in (add_server, add_newtag, add_send, add_relay, add_dump, add_report,
-                add_scan, add_others):
+                add_scan, add_doctor, add_others):
         add(commands)
     parser.set_defaults(commands=commands.choices)
     return parser
