@@ -7856,8 +7856,9 @@ _AUTHENTICATIONS = {
     "dmarc": "publish a DMARC record for {} (v=DMARC1; p=none will do), and let SPF or "
              "DKIM pass for that domain"}
 _METHOD_RESULT = re.compile(r";\s*(spf|dkim|dmarc)\s*=\s*(\w+)")
-_MASKED = re.compile(r"((?:https?://|www\.)[^\s<>]+) <(https?://[^\s<>]+)>", re.I)
-_LINK_HOST = re.compile(r"(?:https?://)?(?:www\.)?([^/?#:]*)", re.I)
+_TARGET = re.compile(_SOURCE.pattern.replace("src", "href"), re.I | re.ASCII)
+_SHOWN_URL = re.compile(r"(?=https?://|www\.)(?:https?://)?(?:www\.)?([^/?#:\s]*)\S*",
+                        re.I)
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 
 
@@ -8061,11 +8062,18 @@ def authentication_faults(head: bytes) -> Iterator[Found]:
 
 def masked_links(html: str) -> Iterator[Found]:
     """Yield links that show one URL and lead to another."""
-    for shown, target in _MASKED.findall(plain_text_of(html[:MOST_HTML])):
-        hosts = {_LINK_HOST.findall(url)[0].lower() for url in (shown, target)}
-        if len(hosts) > 1:
+    from html import unescape
+
+    for link in re.split(r"(?i)<a\b", html)[1:]:
+        start, _, inner = link.partition(">")
+        found = _TARGET.search(start)
+        target = unescape(found[found.lastindex or 0]) if found else ""
+        text = re.sub("<[^<>]*>", "", re.split("(?i)</a", inner, 1)[0])
+        shown = _SHOWN_URL.fullmatch(unescape(text).strip())
+        to = _SHOWN_URL.match(target)
+        if shown and to and shown[1].lower() != to[1].lower():
             yield ("warning",
-                   f"a link shows {cut(shown, 60)} and leads to {cut(target, 60)}",
+                   f"a link shows {cut(shown[0], 60)} and leads to {cut(target, 60)}",
                    "mail programs warn of such links as fraud: let it show words")
 
 
@@ -8339,22 +8347,15 @@ class Doctor:
         part = _html_part(parts)
         html = part_text(raw, part) if part else ""
         if not fields(parts[0].head, "Received"):
-            yield from self._copy(html)
+            is_tagged = any(True for _ in pixels_in(html))
+            yield ("warning", "nobody received this: it is your own copy, with"
+                   f"{'' if is_tagged else 'out'} a pixel", "your own looks at it are "
+                   "hits: keep one without, as relay does" if is_tagged else
+                   "rightly so; to have the mail judged, save it where it arrived")
             return
         yield from authentication_faults(parts[0].head)
         yield from masked_links(html)
         yield from self._pixel_in(html)
-
-    def _copy(self, html: str) -> Iterator[Found]:
-        """Yield what is wrong with a mail that nobody received: one in Sent."""
-        names = names_of(self._files)
-        if any(pixel[0] in names for pixel in pixels_in(html)):
-            yield ("warning", "this is your own copy, nobody received it, and it has a "
-                   "pixel: your own looks at it are hits", "keep one without: relay "
-                   "leaves the copy in Sent as it is")
-        else:
-            yield ("note", "this is your own copy, without a pixel: good", "to have the "
-                   "mail judged, save it in the mailbox that received it")
 
     def _pixel_in(self, html: str) -> Iterator[Found]:
         """Yield what is wrong with the pixel in the HTML of a mail."""
