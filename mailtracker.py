@@ -7819,47 +7819,42 @@ def table_html(caption: str, heading: Sequence[str], rows: Iterable[Row]) -> str
 
 
 # -- doctor: what is wrong with a set-up, and what to do --------------------------
-# Each check yields what it finds as level, what is wrong and what to do; what ends it,
-# and those that need it, it raises. Asked are the tracker's own URL and the resolver,
-# nobody else, in bounded time and bytes: whatever answers is not trusted.
+# A check yields level, what is wrong and what to do; what ends it, and those that need
+# it, it raises. Only the tracker's own URL and the resolver are asked, in bounded time
+# and bytes, and what they answer is not trusted.
 
 Found = Tuple[str, str, str]
 
 PROBE = "mailtracker doctor: a probe"  # the name of a tag that is forgotten at once
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
-SLOW = 2.0              # seconds for a pixel after which some readers have gone on
-MOST_ANSWER = 1 << 16   # bytes
-MOST_ADDRESSES = 8      # of a name
 WAIT_SECONDS = 300.0    # for a hit from elsewhere
-MOST_MAIL = 64 << 20    # bytes
+SLOW = 2.0              # seconds for a pixel, after which some readers have gone on
 DAY = 86400.0
+MOST_ADDRESSES = 8      # of a name
+MOST_ANSWER = 1 << 16   # bytes
+MOST_MAIL = 64 << 20    # bytes
 GMAIL_CLIPS = 102 << 10  # bytes of HTML
 FREE_SPACE = 50 << 20   # bytes
 
 # Paths that EasyPrivacy (easylist.to, November 2026) blocks on any host.
-_BLOCKED = re.compile(
-    r"/(?:track/open|mailings/opened|(?:mail|view)-tracking|(?:_|api/|app/|v[12]/)track"
-    r"ing|tracking/(?:pixel|events|views)|tracking_?pixel|emimp|newsletter/log|webbug"
-    r"|(?:notifications|analytics)/beacons?)/|/track(?:ing)?pixel\.|/p1x1\.gif"
-    r"|://(?:track\.email\.|email\.[^/]*/o/)", re.I)
-_CERTIFICATES = {  # by the code of OpenSSL (x509_vfy.h)
+_BLOCKED = (
+    r"(?i)/(?:track/open|mailings/opened|(?:mail|view)-tracking|tracking_?pixel|webbug"
+    r"|(?:_|api/|app/|v[12]/)tracking|tracking/(?:pixel|events|views)|emimp"
+    r"|newsletter/log|(?:notifications|analytics)/beacons?)/|/track(?:ing)?pixel\."
+    r"|/p1x1\.gif|://(?:track\.email\.|email\.[^/]*/o/)")
+_CERTIFICATES = {  # by OpenSSL's codes (x509_vfy.h); 20 and 21 are of one cause
     9: "set this machine's clock, or wait until it begins",
     10: "renew it, and let the proxy read it again",
-    20: "serve the whole chain, with what is between (fullchain.pem): browsers fetch "
-        "what is missing, mail proxies do not",
-    62: "get one for this name, or give newtag the name that it is for"}
-_CERTIFICATES[21] = _CERTIFICATES[20]
+    62: "get one for this name, or give newtag the name that it is for",
+    **dict.fromkeys((20, 21), "serve the whole chain (fullchain.pem): browsers fetch "
+                    "what is missing, mail proxies do not")}
 _AUTHENTICATIONS = {
     "spf": "let the SPF record of the envelope's domain name the server that sends",
     "dkim": "let the server that sends sign for {}, and publish its key",
     "dmarc": "publish a DMARC record for {} (v=DMARC1; p=none will do), and let SPF or "
              "DKIM pass for that domain"}
-_METHOD_RESULT = re.compile(r";\s*(spf|dkim|dmarc)\s*=\s*(\w+)")
-_TARGET = re.compile(_SOURCE.pattern.replace("src", "href"), re.I | re.ASCII)
-_SHOWN_URL = re.compile(r"(?=https?://|www\.)(?:https?://)?(?:www\.)?([^/?#:\s]*)\S*",
-                        re.I)
-_HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
+_URL_HOST = r"(?i)(?=https?://|www\.)(?:https?://)?(?:www\.)?([^/?#:\s]*)\S*"
 
 
 class Finding(NamedTuple):
@@ -7874,6 +7869,11 @@ class Finding(NamedTuple):
         """Return it in one line, and what to do in another."""
         advice = f"\n  to do: {clean(self.advice)}" if self.advice else ""
         return f"{self.level}: {self.check}: {clean(self.what)}{advice}"
+
+
+def told(*cases: Tuple[object, str, str, str]) -> List[Found]:
+    """Return of some cases those that are so: whether, level, what, what to do."""
+    return [case[1:] for case in cases if case[0]]
 
 
 @contextmanager
@@ -7910,9 +7910,11 @@ def probe(files: Files) -> Iterator[str]:
         yield tag_id
     finally:
         put(signal.SIG_IGN)
-        forget_tags(files, [tag_id])
-        for number, handler in zip(ending, before):
-            signal.signal(number, handler)
+        try:
+            forget_tags(files, [tag_id])
+        finally:
+            for number, handler in zip(ending, before):
+                signal.signal(number, handler)
 
 
 def hits_on(files: Files, tag_id: str) -> List[Event]:
@@ -7962,20 +7964,20 @@ def credited(address: str, own: str) -> Iterator[Found]:
 
     own is who asked, as far as is known, and said that it was FORGED.
     """
-    forged = FORGED.decode()
-    if not address:
-        yield ("skipped", "who is taken for the reader cannot be told, as the server "
-               "keeps no addresses", "")
-    elif own in (address, network(address).partition("/")[0]) or address == \
-            kept_address(own, "truncate"):
-        pass
-    elif address in (forged, kept_address(forged, "truncate")):
-        yield ("error", "a forged X-Forwarded-For is believed",
-               "let the proxy overwrite that header, not pass it on, and let "
-               "--trusted-proxy name the proxy's address only")
-    elif is_public(own) or not is_public(address):
-        yield ("error", f"every reader seems to come from {address}: that is the proxy",
-               "name it with --trusted-proxy, and let it send X-Forwarded-For")
+    def is_of(client: str) -> bool:
+        return address in (client, kept_address(client, "truncate"))
+
+    is_own, is_forged = is_of(own), is_of(FORGED.decode())
+    yield from told(
+        (not address, "skipped", "the server keeps no addresses, so whom it takes for "
+         "the reader cannot be told", ""),
+        (address and is_forged and not is_own, "error",
+         "a forged X-Forwarded-For is believed", "let the proxy overwrite that header, "
+         "not pass it on, and --trusted-proxy name the proxy only"),
+        (address and not (is_own or is_forged)
+         and (is_public(own) or not is_public(address)), "error",
+         f"every reader seems to come from {address}: that is the proxy",
+         "name it with --trusted-proxy, and let it send X-Forwarded-For"))
 
 
 def rested(files: Files, log: Stamp) -> bool:
@@ -7989,18 +7991,18 @@ def rested(files: Files, log: Stamp) -> bool:
 
 def modes(files: Files) -> Iterator[Found]:
     """Yield which files others can read, or somebody else owns."""
-    stem = files.register[:-4] if files.register.endswith(".csv") else files.register
-    owner = os.stat(files.register).st_uid
-    for path in (*files.versions, files.lock, *log_files(files.log), f"{stem}.key",
+    stem = re.sub(r"\.csv$", "", files.register)
+    key, owner = f"{stem}.key", os.stat(files.register).st_uid
+    for path in (*files.versions, files.lock, *log_files(files.log), key,
                  f"{stem}.links.csv"):
         with suppress(FileNotFoundError):
-            status = os.stat(path)
-            if status.st_uid != owner:
-                yield ("error", f"{path} and {files.register} have two owners",
-                       "give both to the user of the server with chown")
-            if status.st_mode & (0o077 if path.endswith(".key") else 0o007):
-                yield ("warning", f"{path} is open to others",
-                       f"chmod {'600' if path.endswith('.key') else 'o='} it")
+            mode, _, _, _, user, *_ = os.stat(path)
+            yield from told(
+                (user != owner, "error", f"{path} and {files.register} have two owners",
+                 "give both to the user of the server, with chown"),
+                (mode & (0o077 if path == key else 0o007), "warning",
+                 f"{path} is open to others", f"chmod go= {path}" if path == key else
+                 f"chmod o= {path}"))
 
 
 def answer_faults(reply: Any, body: bytes) -> Iterator[Found]:
@@ -8011,23 +8013,21 @@ def answer_faults(reply: Any, body: bytes) -> Iterator[Found]:
             "the pixel's URL leads on to another, "
             f"{cut(reply.getheader('Location', '?'), 80)}; give newtag that one")
     if "html" in kind.lower():
-        raise TrackerError("a web page comes instead of the pixel; let its path pass by "
-                           "the log-in, or by 'checking your browser'")
+        raise TrackerError("a web page comes instead of the pixel; let its path pass "
+                           "whatever asks for a log-in, or checks browsers")
     if reply.status != 200:
         raise TrackerError(f"the pixel's URL answers {reply.status}; see whether the "
                            "server runs, and the proxy hands all of the path on to it")
-    for is_wrong, level, what, advice in (
-            (body != PIXEL, "error", f"what comes is not the pixel ({len(body)} bytes)",
-             "switch off what changes pictures on the way"),
-            (kind.lower() != "image/gif", "error", f"the pixel comes as '{kind}'",
-             "let the proxy leave Content-Type as it is: image/gif"),
-            ("no-store" not in reply.getheader("Cache-Control", "").lower(), "error",
-             "the pixel may be kept in a cache: later opens will be missing",
-             "let the proxy leave Cache-Control as it is, and keep nothing"),
-            (reply.getheader("Set-Cookie"), "warning", "a cookie comes with the pixel",
-             "let the proxy set none there: nobody has agreed to it")):
-        if is_wrong:
-            yield level, what, advice
+    yield from told(
+        (body != PIXEL, "error", f"what comes is not the pixel ({len(body)} bytes)",
+         "switch off what changes pictures on the way"),
+        (kind.lower() != "image/gif", "error", f"the pixel comes as '{kind}'",
+         "let the proxy leave Content-Type as it is: image/gif"),
+        ("no-store" not in reply.getheader("Cache-Control", "").lower(), "error",
+         "the pixel may be kept in a cache: later opens will be missing",
+         "let the proxy leave Cache-Control as it is, and keep nothing"),
+        (reply.getheader("Set-Cookie"), "warning", "a cookie comes with the pixel",
+         "let the proxy set none there: nobody has agreed to it"))
 
 
 def authentication_faults(head: bytes) -> Iterator[Found]:
@@ -8043,14 +8043,15 @@ def authentication_faults(head: bytes) -> Iterator[Found]:
     said: Dict[str, List[str]] = {}
     for value in results:
         if value.partition(";")[0].strip() == judge:
-            for method, result in _METHOD_RESULT.findall(value):
+            for method, result in re.findall(
+                    r";\s*(spf|dkim|dmarc)\s*=\s*(\w+)", value):
                 said.setdefault(method, []).append(result)
     for method, found in said.items():
-        if "pass" not in found:
-            yield ("error" if "fail" in found else "warning",
-                   f"{judge} says {method}={found[0]}",
-                   _AUTHENTICATIONS[method].format(sender))
-    signers = re.findall(r"(?:^|[;\n])\s*d\s*=\s*([\w.-]+)", "\n".join(
+        yield from told((
+            "pass" not in found, "error" if "fail" in found else "warning",
+            f"{judge} says {method}={found[0]}",
+            _AUTHENTICATIONS[method].format(sender)))
+    signers = re.findall(r"(?:^|[;\n])[ \t]*d[ \t]*=[ \t]*([\w.-]+)", "\n".join(
         fields(head, "DKIM-Signature")).lower())
     if "pass" not in said.get("dmarc", []) and not any(
             f".{a}".endswith(f".{b}") for each in signers
@@ -8064,17 +8065,18 @@ def masked_links(html: str) -> Iterator[Found]:
     """Yield links that show one URL and lead to another."""
     from html import unescape
 
+    href = re.compile(_SOURCE.pattern.replace("src", "href"), re.I | re.ASCII)
     for link in re.split(r"(?i)<a\b", html)[1:]:
         start, _, inner = link.partition(">")
-        found = _TARGET.search(start)
-        target = unescape(found[found.lastindex or 0]) if found else ""
-        text = re.sub("<[^<>]*>", "", re.split("(?i)</a", inner, 1)[0])
-        shown = _SHOWN_URL.fullmatch(unescape(text).strip())
-        to = _SHOWN_URL.match(target)
-        if shown and to and shown[1].lower() != to[1].lower():
-            yield ("warning",
-                   f"a link shows {cut(shown[0], 60)} and leads to {cut(target, 60)}",
-                   "mail programs warn of such links as fraud: let it show words")
+        found = href.search(start)
+        target = re.match(_URL_HOST, unescape(found[found.lastindex or 0]) if found
+                          else "")
+        text = re.sub("<[^<>]*>", "", re.split("(?i)</a", inner)[0])
+        shown = re.fullmatch(_URL_HOST, unescape(text).strip())
+        if target and shown and target[1].lower() != shown[1].lower():
+            yield ("warning", f"a link shows {cut(shown[0], 60)} and leads to "
+                   f"{cut(target[0], 60)}", "mail programs warn of such links "
+                   "as fraud: let it show words")
 
 
 def pixels_in(html: str) -> Iterator[Tuple[str, str, int, str]]:
@@ -8129,8 +8131,9 @@ class Doctor:
             self._failed.add(name)
             what, _, advice = explain(error).partition("; ")
             yield Finding(name, "error", what, advice or (
-                "do it as the user of the server" if isinstance(error, PermissionError)
-                else "put that right, and ask again"))
+                "do it where the server's files are, and as its user"
+                if getattr(error, "filename", None) else
+                "see what the server and its proxy say"))
 
     @lru_cache(maxsize=1)
     def _latest(self) -> str:
@@ -8141,31 +8144,36 @@ class Doctor:
 
     def files(self) -> Iterator[Found]:
         """Are register and log whole, in step, served, and yours alone?"""
-        files, log = self._files, stamp_of(self._files.log)
+        files, server = self._files, server_of(self._files)
         self._latest()
-        yield from modes(files)
         space = os.statvfs(os.path.dirname(files.register))
         free = space.f_bavail * space.f_frsize
-        if free < max(FREE_SPACE, 3 * os.path.getsize(files.register)):
-            yield "error", f"only {free >> 20} MB of the disk are free", "make room"
-        if any(event.detail == PROBE for event in read_log(files.log, PROBE.encode())):
-            yield ("warning", "there is a probe of a doctor that runs, or was killed",
-                   f"if it was killed: mailtracker.py forget '{PROBE}'")
-        server = server_of(files)
-        if not server:
-            yield ("error", f"no server counts in {files.register}",
-                   "start it: mailtracker.py server, with this --register")
-            return
-        if server[1:] != [__version__]:
-            yield ("warning", f"this is version {__version__}, the server is another",
-                   "start the server again")
-        deadline = time.monotonic() + 5 * SAVING
-        while not rested(files, log):
+        left = [event.event for event in read_log(files.log, PROBE.encode())
+                if event.detail == PROBE]
+        yield from modes(files)
+        yield from told(
+            (free < max(FREE_SPACE, 3 * os.path.getsize(files.register)), "error",
+             f"only {free >> 20} MB of the disk are free", "make room"),
+            ("made" in left, "warning", "there is the probe of a doctor that runs, "
+             "or was killed", f"in that case: mailtracker.py forget '{PROBE}'"),
+            (not server, "error", f"no server counts in {files.register}",
+             "start it: mailtracker.py server, with this --register"),
+            (server and server[1:] != [__version__], "warning",
+             f"this is version {__version__}, and the server is another",
+             "start the server again"),
+            (server and self._lags(), "warning",
+             f"{files.register} stays behind its log",
+             "see what the server says, on stderr and at /health"))
+
+    def _lags(self) -> bool:
+        """Tell whether the log waits to be settled, and that for long."""
+        log, deadline = stamp_of(self._files.log), time.monotonic() + 5 * SAVING
+        while time.time() - os.stat(self._files.lock).st_mtime > UNSETTLED \
+                and not rested(self._files, log):
             if time.monotonic() >= deadline:
-                yield ("warning", f"{files.register} stays behind its log",
-                       "see what the server says, on stderr and at /health")
-                return
+                return True
             time.sleep(0.05)
+        return False
 
     def clock(self) -> Iterator[Found]:
         """Is this machine's time right, as far as can be told?"""
@@ -8186,8 +8194,7 @@ class Doctor:
 
     def path(self) -> Iterator[Found]:
         """Do blockers of trackers let the pixel's URL pass?"""
-        found = _BLOCKED.search(self._url)
-        if found:
+        for found in re.finditer(_BLOCKED, self._url):
             yield ("warning", f"lists such as EasyPrivacy block {found[0]}",
                    "choose another --path for newtag, or another name")
 
@@ -8196,19 +8203,19 @@ class Doctor:
         self._reached()
         for address, error in self._addresses().items():
             if is_loopback(address):
-                yield ("warning", f"{self._host} is this machine itself: fine for trying",
+                yield ("warning", f"{self._host} is this machine itself, for trying",
                        "for mail to others, name a --server that they can reach")
                 continue
-            if not is_public(address):
-                yield ("error", f"{address} of {self._host} is private: nobody outside "
-                       "can reach it", "let its DNS name a public address; if it does, "
-                       "elsewhere, --wait will tell")
-            if error and error.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL):
-                yield "skipped", f"{address}: no way leads there from here", ""
-            elif error:
-                yield ("error", f"{address} of {self._host} does not answer: "
-                       f"{explain(error)}", "let the server or its proxy listen there, "
-                       "or take the address out of its DNS: who gets it sees no pixel")
+            is_far = error and error.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL)
+            yield from told(
+                (not is_public(address), "error", f"{address} of {self._host} is "
+                 "private: nobody outside can reach it", "let its DNS name a public "
+                 "address; if it does, but not here, --wait will tell"),
+                (is_far, "skipped", f"{address}: no way leads there from here", ""),
+                (error and not is_far, "error", f"{address} of {self._host} does not "
+                 f"answer: {explain(error) if error else ''}", "let the server or its "
+                 "proxy listen there, or take it out of the DNS: who gets this address "
+                 "sees no pixel"))
 
     @lru_cache(maxsize=1)
     def _addresses(self) -> Dict[str, Optional[OSError]]:
@@ -8260,13 +8267,13 @@ class Doctor:
 
         for address in self._reached():
             with time_limit(ANSWER_SECONDS), self._line(address) as line:
-                told = line.getpeercert()  # type: ignore[attr-defined]
-            start, end = (cert_time_to_seconds(told[name])
+                shown = line.getpeercert()  # type: ignore[attr-defined]
+            start, end = (cert_time_to_seconds(shown[name])
                           for name in ("notBefore", "notAfter"))
             left = end - time.time()
-            if left < min(14 * DAY, (end - start) / 5):
-                yield ("warning", f"the certificate ends in {lasting(left)}",
-                       "renew it, and see why that has not happened by itself")
+            yield from told((left < min(14 * DAY, (end - start) / 5), "warning",
+                             f"the certificate ends in {lasting(left)}",
+                             "renew it, and see why nothing does so by itself"))
 
     def _fetch(self, address: str, tag_id: str, *lines: str) -> Tuple[Any, bytes, str]:
         """Return the answer to the GET of a pixel, its body, and who asked."""
@@ -8281,11 +8288,10 @@ class Doctor:
         with time_limit(ANSWER_SECONDS), self._line(address) as line:
             own = plain_address(line.getsockname()[0])
             line.sendall("\r\n".join(request).encode())
-            while len(data) < MOST_ANSWER:
-                block = line.recv(MOST_ANSWER)
-                if not block:
-                    break
+            for block in iter(lambda: line.recv(MOST_ANSWER), b""):
                 data += block
+                if len(data) >= MOST_ANSWER:
+                    break
         reply: Any = HTTPResponse(
             SimpleNamespace(makefile=lambda _: io.BytesIO(data)))  # type: ignore
         try:
@@ -8303,9 +8309,9 @@ class Doctor:
             reply, body, _ = self._fetch(address, tag_id)
             took = time.monotonic() - begun
             yield from answer_faults(reply, body)
-            if took > SLOW:
-                yield ("warning", f"the pixel took {took:.1f} s from {address}",
-                       "see what holds it up: some readers do not wait")
+            yield from told((took > SLOW, "warning",
+                             f"the pixel took {took:.1f} s from {address}",
+                             "see what holds it up: some readers do not wait"))
 
     def client(self) -> Iterator[Found]:
         """Does the server know readers from its proxy, and from what they claim?"""
@@ -8368,16 +8374,15 @@ class Doctor:
                 "--register that has it" if found else
                 "there is no pixel in it; send it as HTML, with a tag")
         _, url, at, element = ours[0]
-        for is_wrong, level, what, advice in (
-                (not url.startswith("https:"), "warning", "its pixel comes by http",
-                 "serve it by https: some programs load nothing else"),
-                (_HIDDEN.search(element), "error", "its pixel is hidden by its style",
-                 "leave that out: Gmail, for one, never loads what is hidden"),
-                (len(html[:at].encode("utf-8", "replace")) > GMAIL_CLIPS, "error",
-                 "its pixel comes after 102 KB of HTML, where Gmail cuts a mail off",
-                 "put it at the beginning, or write less")):
-            if is_wrong:
-                yield level, what, advice
+        yield from told(
+            (not url.startswith("https:"), "warning", "its pixel comes by http",
+             "serve it by https: some programs load nothing else"),
+            (re.search(r"(?i)display\s*:\s*none|visibility\s*:\s*hidden", element),
+             "error", "its pixel is hidden by its style",
+             "leave that out: Gmail, for one, never loads what is hidden"),
+            (len(html[:at].encode("utf-8", "replace")) > GMAIL_CLIPS, "error",
+             "its pixel comes after 102 KB of HTML, where Gmail cuts a mail off",
+             "put it at the beginning, or write less"))
 
 
 # ---------------------------------------------------------------------------

@@ -155,8 +155,8 @@ PROXIES = {
                                 ("client", "error", "127.0.0.0: that is the proxy")),
     "it is not trusted": ("plain", overwrite,
                           ("client", "error", "127.0.0.0: that is the proxy")),
-    "it redirects": ("plain", page(b"302 Found\r\nLocation: https://x.org/login\x1b[2J"),
-                     ("pixel", "error", "leads on to another, https://x.org/login"),
+    "it redirects": ("plain", page(b"302 Found\r\nLocation: https://x.org/in\x1b[2J"),
+                     ("pixel", "error", "leads on to another, https://x.org/in"),
                      FAILED),
     "it asks for a log-in": (
         "plain", page(b"200 OK\r\nContent-Type: text/html; charset=utf-8", b"<h1>Hi"),
@@ -169,7 +169,7 @@ PROXIES = {
     "it counts elsewhere": ("plain", page(
         b"200 OK\r\nContent-Type: image/gif\r\nCache-Control: no-store",
         mailtracker.PIXEL), NO_HIT),
-    "it sets a cookie": ("trusting", instead(b"\r\nPragma", b"\r\nSet-Cookie: a=b\r\nX"),
+    "it sets a cookie": ("trusting", instead(b"\nPragma", b"\nSet-Cookie: a=b\r\nX"),
                          ("pixel", "warning", "a cookie")),
     "it caches": ("trusting", instead(b"no-store[^\r]*", b"max-age=600"),
                   ("pixel", "error", "kept in a cache")),
@@ -182,7 +182,7 @@ PROXIES = {
     "it says nothing": ("plain", lambda *_: b"",
                         ("pixel", "error", "not answer as a web server"), FAILED),
     "it says something else": ("plain", lambda *_: b"220 mail\r\n\x1b[2J",
-                               ("pixel", "error", "not answer as a web server"), FAILED),
+                               ("pixel", "error", "not answer as a web"), FAILED),
     "it breaks off": ("trusting", instead(rb"(?s);$", b""),
                       ("pixel", "error", "not answer as a web server"), FAILED),
     "its header has no end": ("plain", page(b"200 OK\r\nX: " + 99999 * b"x"),
@@ -224,7 +224,8 @@ def content(path):
     return Path(path).read_bytes()
 
 
-@pytest.mark.parametrize("talk", [b"", b"HTTP/1.1 200 OK\r\nX: "], ids=["silent", "slow"])
+@pytest.mark.parametrize("talk", [b"", b"HTTP/1.1 200 OK\r\nX: "],
+                         ids=["silent", "slow"])
 def test_who_never_comes_to_an_end_is_left_after_a_while(talk, files, monkeypatch):
     monkeypatch.setattr(mailtracker, "ANSWER_SECONDS", 0.3)
 
@@ -370,7 +371,7 @@ NAMES = {
                      ("error", f"{V6} of {HOST} does not answer: Connection refused")),
     "to one no way leads": ({PUBLIC: None, V6: NOWHERE}, ("skipped", "no way leads")),
     "none does": ({PUBLIC: DEAD, V6: DEAD},
-                  ("error", "nothing answers at t.example.org, port 80: Connection ref")),
+                  ("error", "nothing answers at t.example.org, port 80: Connec")),
     "it is private": ({"192.168.1.7": None}, ("error", "192.168.1.7 of")),
     "it is shared": ({"100.64.0.9": None}, ("error", "is private")),
     "it is link-local": ({"fe80::1%eth0": None}, ("error", "is private")),
@@ -393,17 +394,15 @@ def test_of_a_name_the_addresses_that_readers_cannot_reach_are_found(
     assert_found(found_by(doctor, "name"), *(("name", *each) for each in wanted))
 
 
-@pytest.mark.parametrize("code, words", [
-    (socket.EAI_NONAME, "no address of t.example.org is found: Name"),
-    (socket.EAI_AGAIN, "is found: Temporary failure")])
-def test_a_resolver_that_fails_is_quoted(code, words, files, monkeypatch):
+@pytest.mark.parametrize("words", ["Name or service not known", "Temporary failure"])
+def test_a_resolver_that_fails_is_quoted(words, files, monkeypatch):
     def fail(*_, **__):
-        raise socket.gaierror(code, {socket.EAI_NONAME: "Name unknown", socket.EAI_AGAIN:
-                                     "Temporary failure"}[code])
+        raise socket.gaierror(socket.EAI_AGAIN, words)
+
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     doctor = mailtracker.Doctor(files, f"http://{HOST}/{{id}}.gif")
     assert_found(found_by(doctor, "name", "certificate", "pixel"),
-                 ("name", "error", words),
+                 ("name", "error", f"no address of t.example.org is found: {words}"),
                  ("certificate", "skipped", "as name failed"),
                  ("pixel", "skipped", "as name failed"))
 
@@ -421,6 +420,7 @@ def test_a_name_has_at_most_eight_addresses(monkeypatch):
 def kept(files, monkeypatch, tmp_path):
     """Return the files of a register with a tag, whose server this test is."""
     monkeypatch.setattr(mailtracker, "SAVING", 0.02)
+    monkeypatch.setattr(mailtracker, "UNSETTLED", -1.0)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     mailtracker.add_tags(files, [(TAG, "ann")],
                          mailtracker.Making("2026-11-20T10:00:00Z"))
@@ -465,17 +465,17 @@ LATE = "2999-01-01T00:00:00Z"
 SKIPPED = ("clock", "skipped", "did not run, as files failed")
 FILES = {
     "all is well": (lambda files: None,),
-    "open register": (mode(".csv", 0o644), ("files", "warning", "register.csv is open")),
+    "open register": (mode(".csv", 0o644), ("files", "warning", "r.csv is open")),
     "a group may": (mode(".csv", 0o640),),
-    "open log": (mode(".events.csv", 0o604), ("files", "warning", "events.csv is open")),
-    "open old log": (mode(".events.csv.1", 0o604), ("files", "warning", "csv.1 is open")),
+    "open log": (mode(".events.csv", 0o604), ("files", "warning", "s.csv is open")),
+    "open old log": (mode(".events.csv.1", 0o604), ("files", "warning", ".1 is open")),
     "open key": (mode(".key", 0o640), ("files", "warning", "register.key is open")),
     "another owner": (lambda files: os.chown(files.log, 12345, -1),
                       ("files", "error", "have two owners")),
     "no register": (lambda files: [os.unlink(files.register), os.unlink(files.log)],
                     ("files", "error", "no such register"), SKIPPED),
-    "no end of a quote": (replaced(b"ann", b'"ann', False), ("files", "error", "never closed"),
-                          SKIPPED),
+    "no end of a quote": (replaced(b"ann", b'"ann', False),
+                          ("files", "error", "never closed"), SKIPPED),
     "another version": (in_lock("77 1.9      "), ("files", "warning", "version")),
     "an older server": (in_lock("77          "), ("files", "warning", "version")),
     "nobody settles": (log_of(mailtracker.Event(
@@ -503,7 +503,8 @@ def test_of_the_files_what_is_wrong_is_found(change, wanted, kept):
     change(kept)
     before = {path: content(path) for path in (kept.register, kept.log)
               if os.path.exists(path)}
-    assert_found(found_by(mailtracker.Doctor(kept, "http://x"), "files", "clock"), *wanted)
+    doctor = mailtracker.Doctor(kept, "http://x")
+    assert_found(found_by(doctor, "files", "clock"), *wanted)
     assert before == {path: content(path) for path in before}
 
 
@@ -565,7 +566,7 @@ def test_on_this_machine_one_word_is_said_and_all_is_well(tagged, run, monkeypat
     url = f"http://127.0.0.1:{server.port}"
     code, out, err = run("doctor", "--server", url)
     assert (code, err) == (0, "") and out == (
-        "warning: name: 127.0.0.1 is this machine itself: fine for trying\n"
+        "warning: name: 127.0.0.1 is this machine itself, for trying\n"
         "  to do: for mail to others, name a --server that they can reach\n")
     assert run("doctor", "--server", url, "files", "clock", "path", "certificate",
                "pixel", "client") == (0, "", "")
@@ -576,7 +577,7 @@ def test_on_this_machine_one_word_is_said_and_all_is_well(tagged, run, monkeypat
     assert run("doctor", "--server", url, "--json", "pixel") == (0, "[]\n", "")
 
 
-def test_where_nothing_is_each_check_says_why_it_did_not_run(run, monkeypatch, tmp_path):
+def test_where_nothing_is_a_check_says_why_it_did_not_run(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -613,7 +614,7 @@ def waiting(tmp_path, server):
 
 def holds(folder, text):
     """Return the files of a folder in which a text stands."""
-    return [path.name for path in folder.iterdir() if text.encode() in path.read_bytes()]
+    return [path.name for path in folder.iterdir() if text.encode() in content(path)]
 
 
 def test_a_hit_from_elsewhere_is_shown_and_a_scanner_ends_no_waiting(tagged, tmp_path):
@@ -671,25 +672,25 @@ Content-Type: text/html; charset=utf-8
 """
 MAILS = {
     "all is well": ("", ""),
-    "SPF": ("spf=pass", "spf=softfail", ("warning", "mx.example.net says spf=softfail")),
+    "SPF": ("spf=pass", "spf=softfail", ("warning", "example.net says spf=softfail")),
     "SPF fails": ("spf=pass", "spf=fail", ("error", "mx.example.net says spf=fail")),
     "DKIM": ("; dkim=pass", "; dkim=fail", ("error", "mx.example.net says dkim=fail")),
     "DMARC": ("dmarc=pass", "dmarc=none", ("warning", "says dmarc=none")),
-    "signed by another": ("dmarc=pass\nDKIM-Signature: v=1; a=rsa-sha256; d=example.org",
-                          "dmarc=none\nDKIM-Signature: v=1; a=x; d=sendgrid.net",
+    "signed by another": ("dmarc=pass\nDKIM-Signature: v=1; a=rsa-sha256; d=example",
+                          "dmarc=none\nDKIM-Signature: v=1; a=x; d=sendgrid",
                           ("warning", "says dmarc=none"),
-                          ("warning", "from example.org, and signed by sendgrid.net")),
+                          ("warning", "from example.org, and signed by sendgrid.org")),
     "signed by the one above": (
         "dmarc=pass\nDKIM-Signature: v=1; a=rsa-sha256; d=example.org",
         "x=y\nDKIM-Signature: v=1; a=x; d=mail.example.org"),
     "not signed": ("; dkim=pass header.d=example.org; dmarc=pass\nDKIM-Signature",
                    "\nX-No-Signature", ("warning", "not signed")),
     "a forged verdict below": (
-        "DKIM-Signature", "Authentication-Results: evil.example; spf=fail\nDKIM-Signature"),
+        "DKIM-Signature", "Authentication-Results: x.org; spf=fail\nDKIM-Signature"),
     "one of the same below": (
         "DKIM-Signature", "Authentication-Results: mx.example.net; dkim=fail\n"
         "DKIM-Signature"),
-    "no verdict": ("Authentication-Results", "X-Results", ("warning", "no receiver says")),
+    "no verdict": ("Authentication-Results", "X-Results", ("warning", "no receiver")),
     "http": ("https://t.ex", "http://t.ex", ("warning", "comes by http")),
     "hidden": ("border:0", "display : none", ("error", "hidden by its style")),
     "clipped": ("<img", "<p>" + 20000 * "words " + "<img", ("error", "102 KB")),
@@ -698,26 +699,26 @@ MAILS = {
     "another register's": ("{id}", OTHER,
                            ("error", "is not in /")),
     "masked link": ('href="https://www.example.org/a"', 'href="https://evil.example/"',
-                    ("warning", "shows https://example.org/b and leads to https://evil")),
+                    ("warning", "shows https://example.org/b and leads to https://ev")),
     "own copy": ("Received", "X-Received", ("warning", "your own copy, with a pixel")),
-    "own copy without": ("Received: from smtp.example.org by mx.example.net; Fri, 20 Nov "
-                         "2026 10:00:00 +0000\n", "", ("warning", "your own copy, without a pixel")),
+    "own copy without": (MAIL[:MAIL.index("\n")], "X-Header: this",
+                         ("warning", "your own copy, without a pixel")),
 }
 
 
 @pytest.mark.parametrize("old, new, wanted", [(old, new, wanted)
                          for old, new, *wanted in MAILS.values()], ids=MAILS)
-def test_of_a_mail_that_arrived_what_is_wrong_is_found(old, new, wanted, kept, tmp_path):
+def test_of_a_mail_what_is_wrong_is_found(old, new, wanted, kept, tmp_path):
     assert old in MAIL
     text = MAIL.replace(old, new, 1).replace(
-        "{id}", "logo" if "without a pixel" in str(wanted) else TAG)
+        "{id}", "logo" if "without" in str(wanted) else TAG)
     for eol in "\n", "\r\n":
         (tmp_path / "mail.eml").write_bytes(text.replace("\n", eol).encode())
         doctor = mailtracker.Doctor(kept, "http://x", str(tmp_path / "mail.eml"))
         assert_found(found_by(doctor, "message"), *(("message", *x) for x in wanted))
 
 
-def test_of_a_mail_only_the_mail_is_judged_where_only_that_is_asked(kept, tmp_path, run):
+def test_only_the_mail_is_judged_where_only_that_is_asked(kept, tmp_path, run):
     (tmp_path / "mail.eml").write_text(MAIL.replace("{id}", TAG))
     assert run("doctor", "message", "--message", tmp_path / "mail.eml", "--register",
                kept.register) == (0, "", "")
@@ -728,7 +729,8 @@ def test_of_a_mail_only_the_mail_is_judged_where_only_that_is_asked(kept, tmp_pa
     b"Received: x\nAuthentication-Results: \x1b[2J; spf=fail; dmarc=\xe2\x80\xae\n\n",
     b"Received: x\nAuthentication-Results: " + b"(" * 50000 + b"\n\n",
     b"Received: x\nAuthentication-Results: " + b";" * 50000 + b"spf\n\n",
-    b"Received: x\nDKIM-Signature: " + b" " * 50000 + b"\nFrom: " + b"@" * 9999 + b"\n\n",
+    b"Received: x\nDKIM-Signature: " + b" " * 50000 + b"\nFrom: " + b"@" * 9999,
+    b"Received: x\n" + 9999 * b"Authentication-Results: x; dkim=no\nDKIM-Signature:\n",
     b"Received: x\nContent-Type: text/html\n\n" + b"<img src='/" * 5000,
     b"Received: x\nContent-Type: text/html\n\n" + b"<a href='http://\x1b'>http://x\x07",
     *[b"Received: x\nContent-Type: text/html\n\n" + 90000 * junk for junk in (
