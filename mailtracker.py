@@ -13,8 +13,9 @@ Make a tag, paste it into a mail, and let the server count its fetches:
     mailtracker.py dump                          show the register
     mailtracker.py dump --id 7hq2vxw             show one tag with its history
     mailtracker.py report --by campaign          what was opened, what is unknown
+    mailtracker.py notify --to desktop           tell me of opens as they come
     mailtracker.py scan ~/Maildir                find bounces, answers, receipts
-    mailtracker.py doctor --server t.example.org  find what is wrong with a set-up
+    mailtracker.py doctor                        find what is wrong with a set-up
     mailtracker.py rejudge --dry-run             judge old hits by today's rules
     mailtracker.py forget john                   remove all that is known of a tag
     mailtracker.py settle                        bring the register up to date
@@ -38,6 +39,7 @@ The files, all beside each other:
     register.csv.bak     the version of it that was replaced last
     register.csv.lock    held by the server; says up to where the log is settled
     register.csv.*.send  held by a mailing
+    register.csv.*.notify  how far a receiver of notices has been told
     register.csv.orig    the first register that was not in this program's form
     register.events.csv  the event log
 
@@ -739,6 +741,7 @@ EVENTS = {
     "hit": "its pixel was fetched; the detail is the User-Agent",
     "clicked": "a link was followed; the detail is the link and the User-Agent",
     "verdict": "an earlier hit is judged anew",
+    "reminder": "a notice has said that no open of its mail was seen",
     "count": "counts from elsewhere; time and detail are the last hit and open",
     "forget": "all that was known of it is removed",
 }
@@ -958,7 +961,13 @@ def log_files(path: str) -> List[str]:
 
 def _lines_in(path: str, start: int = 0) -> Iterator[Tuple[int, bytes]]:
     """Yield the whole lines of a file from an offset on, each with its own."""
-    with _opened(path) as number, open(os.dup(number), "rb") as file:
+    with _opened(path) as number:
+        yield from _lines_of(number, start)
+
+
+def _lines_of(number: int, start: int) -> Iterator[Tuple[int, bytes]]:
+    """Yield the lines of an open file, as _lines_in does."""
+    with open(os.dup(number), "rb") as file:
         file.seek(start)
         for line in file:
             if line.endswith(b"\n"):
@@ -1010,6 +1019,13 @@ def append_lines(files: Files, lines: Iterator[bytes], settled: Place) -> Place:
                 and end == os.fstat(file).st_size:
             return place_at(file, end)  # nobody else has written
     return settled
+
+
+def end_of_log(path: str) -> Place:
+    """Return the place behind all that a log says by now."""
+    with suppress(FileNotFoundError), _opened(path) as file:
+        return place_at(file, os.fstat(file).st_size)
+    return Place()
 
 
 @contextmanager
@@ -1082,6 +1098,47 @@ def _has(name: str, place: Place) -> bool:
     """Tell whether a place is in a file of the log."""
     with _opened(name) as file:
         return place_at(file, place.offset) == place
+
+
+def events_behind(path: str, place: Place, since: str
+                  ) -> Iterator[Tuple[int, int, Event]]:
+    """Yield the events of a log behind a place, with open file and offset behind each.
+
+    The place may be in a copy of its file. Where forget has changed the bytes before
+    it, or it is in no file any more, since tells what is new: the time of the last hit.
+    """
+    with ExitStack() as stack:
+        files = _log_from(path, place, stack)
+        is_known = bool(files) and _is_at(files[0], place)
+        for file in files:
+            stamp = stamp_of(file)
+            is_same = stamp.inode == place.inode and stamp.size >= place.offset
+            first = place.offset if is_known and file == files[0] else 0
+            for start, line in _lines_of(file, first):
+                event = parse_event(line)
+                if event and (is_known or event.time > since or (
+                        start >= place.offset if is_same else event.time == since)):
+                    yield file, start + len(line), event
+
+
+def _log_from(path: str, place: Place, stack: ExitStack) -> List[int]:
+    """Open the files of a log from a place on, the oldest first, between rotations."""
+    while True:
+        files: List[int] = []
+        for name in reversed(log_files(path)):
+            files.insert(0, stack.enter_context(_opened(name)))
+            if _is_at(files[0], place):
+                break
+        if [stamp_of(file).inode for file in files] == [
+                stamp_of(name).inode for name in log_files(path)[-len(files):]]:
+            return files
+
+
+def _is_at(file: int, place: Place) -> bool:
+    """Tell whether a place is in an open file, or was copied there."""
+    found = place_at(file, place.offset)
+    return found == place or found[1:] == place[1:] \
+        and place.offset > len(EVENT_HEADER)  # which all files have
 
 
 @lru_cache(maxsize=4096)
@@ -1499,6 +1556,13 @@ def _tag_rows(merger: Merger) -> Iterator[List[str]]:
     if left_out:
         note(f"{merger.source.name}: {plural(left_out, 'row')} left out, "
              f"the first in line {line}: no id")
+
+
+def names_of(files: Files) -> Dict[str, str]:
+    """Return the names of all tags by their ids."""
+    columns, rows = register_rows(files)
+    return dict(map(itemgetter(columns.index("id"), columns.index("name")),
+                    progress(rows, "reading rows")))
 
 
 # -- settling: the register anew ------------------------------------------------
@@ -4096,6 +4160,12 @@ class Signals:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    def wait(self, length: float) -> bool:
+        """Wait, but not when there is something to obey; return whether to stop."""
+        if not self.stopping and select.select([self.file], [], [], length)[0]:
+            self.obey()
+        return self.stopping
+
     def obey(self, _: int = 0) -> None:
         """Do what no handler may do, for it could wait for a lock of its own thread."""
         told = os.read(self.file, 4096)
@@ -5037,19 +5107,20 @@ def is_loopback(address: str) -> bool:
         return address.lower() == "localhost"
 
 
-def password_from(command: str) -> str:
+def password_from(command: str, what: str = "password") -> str:
     """Return the first line that a command prints, else $MAILTRACKER_PASSWORD.
 
-    Raise TrackerError for a command that fails; nothing of what it says is shown.
+    So with other secrets, by their names. Raise TrackerError for a command that fails;
+    nothing of what it says is shown.
     """
     from subprocess import DEVNULL, PIPE, run
 
     if not command:
-        return os.environ.get("MAILTRACKER_PASSWORD", "")
+        return os.environ.get(f"MAILTRACKER_{what.upper()}", "")
     done = run(command, shell=True, stdout=PIPE, stderr=DEVNULL, check=False)
     password = done.stdout.decode("utf-8", "replace").partition("\n")[0].rstrip("\r")
     if done.returncode or not password:
-        raise TrackerError("--password-command exits "
+        raise TrackerError(f"--{what}-command exits "
                            f"{done.returncode}{'' if password else ' without a word'}")
     return password
 
@@ -7817,6 +7888,503 @@ def table_html(caption: str, heading: Sequence[str], rows: Iterable[Row]) -> str
 
 # -- notices: the log is their queue ---------------------------------------------
 
+DAY = 86400.0
+MOST_LINES, NAME_LENGTH = 8, 50  # of a notice for people; Discord takes 2,000 letters
+COMMAND_SECONDS = 30.0
+LONGEST_FACT = 10_000  # characters for a command; Linux takes 128 KB
+
+
+class Progress(NamedTuple):
+    """How far a receiver has been told, and which notice is under way."""
+
+    begin: Place = Place()
+    since: str = ""       # the time of the last hit before it
+    end: Place = Place()  # of the notice; without one it is a reminder
+    id: str = ""          # of the notice; "" where none is under way
+    tries: int = 0        # -1: the receiver wants no more
+    due: float = 0.0      # seconds since 1970
+
+
+class News(NamedTuple):
+    """What is told of one tag."""
+
+    kind: str  # of open: first, again or revived; or reminder
+    event: Event
+    name: str = ""
+
+    def whom(self) -> str:
+        """Return as much of the name as people are told."""
+        return cut(self.name[:NAME_LENGTH + 1], NAME_LENGTH)
+
+    def line(self) -> str:
+        """Return it in words."""
+        reason = self.event.reason
+        what = "no open was seen since it was sent" if self.kind == "reminder" else \
+            "a link was followed: " * (self.event.event == "clicked") \
+            + REASONS.get(reason, reason)
+        return clean(f"{self.whom()}: {what}, {self.event.time}")
+
+
+class Notice(NamedTuple):
+    """What a receiver is told at once; it is told again by the same id."""
+
+    id: str
+    news: Sequence[News]
+
+    def title(self) -> str:
+        """Return what has happened to whom: Opened: Ada and 18 others."""
+        what = {"first": "Opened", "reminder": "No open was seen"}.get(
+            self.news[0].kind, "Opened again")
+        names = list(dict.fromkeys(map(News.whom, self.news)))
+        return f"{what}: {' and '.join(names)}" if len(names) < 3 else \
+            f"{what}: {names[0]} and {len(names) - 1} others"
+
+    def text(self) -> str:
+        """Return the news, one a line, but not very many."""
+        more = len(self.news) - MOST_LINES
+        return "\n".join([*map(News.line, self.news[:MOST_LINES]),
+                          *[f"and {more} more"] * (more > 0)])
+
+
+class Gathering:
+    """The opens in a stretch of the log, and which of them are news."""
+
+    REVIVED = 14 * DAY  # since the last open
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._unknown, self._is_exact = options.unknown, options.unknown or options.on
+        self._kinds = {"first", options.on, *["again", "revived"] * options.every}
+        self._began: Dict[str, Event] = {}  # the first open here of each tag
+        self.opens: Dict[Tuple[str, ...], Event] = {}
+        self.since = ""
+
+    def take(self, event: Event) -> None:
+        """Take an event; a verdict may take back an open."""
+        client = event.id, event.time, event.address, event.detail
+        if event.event in ("hit", "clicked"):
+            self.since = max(self.since, event.time)
+            if self._is_open(event):
+                self._began.setdefault(event.id, event)
+                self.opens.setdefault(client, event)
+        elif event.event == "verdict" and not self._is_open(event):
+            self.opens.pop(client, None)
+        elif event.event == "forget":
+            self.opens = {client: old for client, old in self.opens.items()
+                          if hash_of(old.id) != event.id}
+
+    def _is_open(self, event: Event) -> bool:
+        return is_open(event.verdict, event.reason) \
+            or self._unknown and event.verdict == "unknown"
+
+    def news(self, path: str) -> Iterator[News]:
+        """Yield what is to be told; path is that of the log."""
+        last = {tag_id: self._last_open(event, path)
+                for tag_id, event in self._began.items()}
+        for event in self.opens.values():
+            before, last[event.id] = last[event.id], event.time
+            kind = "first" if not before else "" if event.event == "clicked" else \
+                "again" if seconds(event.time) - seconds(before) < self.REVIVED \
+                else "revived"
+            if kind in self._kinds:
+                yield News(kind, event)
+
+    def _last_open(self, first: Event, path: str) -> str:
+        """Return when a tag was opened before its first open here; "" for never.
+
+        A click's line does not tell whether it was an open: then the log is asked.
+        """
+        if not self._is_exact and first.event == "hit":
+            return first.time if first.opens != 1 else ""
+        last = ""
+        for event in takewhile(first.__ne__, read_log(path, first.id.encode())):
+            if event.id == first.id and event.event != "verdict":
+                last = event.time if self._is_open(event) else last
+            elif event.id == first.id and event.opens == 0:
+                last = ""
+        return last
+
+
+def unopened(files: Files, before: str) -> Iterator[News]:
+    """Yield mails sent before some time of which no open was seen, if one could be.
+
+    Each comes once: then its reminder is in the log.
+    """
+    columns, rows = register_rows(files)
+    of, name, hits, created, sent, status = (cell_of(columns, column) for column in (
+        "id", "name", "hits", "created", "sent", "status"))
+    mail, stories = mail_of(columns), Stories(files.log)
+    stories.look()
+    done = {event.id for word in (b",reminder,", b",read,")
+            for event in read_log(files.log, word)}
+    for row in rows:
+        when, story = sent(row) or created(row), stories.of(of(row))
+        if "" < when < before and status(row) != "unsubscribed" \
+                and of(row) not in done and mail(row).state(story) == "no hit" \
+                and (hits(row) == "0" or any(story.aside)):  # else who knows
+            yield News("reminder", Event(when, "reminder", of(row)), name(row))
+
+
+def unmarked(text: str) -> str:
+    """Return text without marks of Slack and desktops: <!channel> would ring all."""
+    from html import escape
+
+    return escape(text, quote=False)
+
+
+# What is told to a URL. Slack's form serves Mattermost as well.
+PAYLOADS: Dict[str, Callable[[Notice, str], Dict[str, Any]]] = {
+    "generic": lambda notice, _: {
+        "type": "reminder" if notice.news[0].kind == "reminder" else "open.first"
+        if {each.kind for each in notice.news} == {"first"} else "open",
+        "timestamp": max(each.event.time for each in notice.news),
+        "data": {"title": notice.title(), "text": notice.text(), "tags": [
+            {"kind": kind, "name": name, **dict(zip(Event._fields[:7], event))}
+            for kind, event, name in notice.news]}},
+    "slack": lambda notice, _: {
+        "text": unmarked(notice.title() + "\n" + notice.text())},
+    "discord": lambda notice, _: {"content": notice.title() + "\n" + notice.text(),
+                                  "allowed_mentions": {"parse": []}},
+    "ntfy": lambda notice, topic: {
+        "topic": topic, "title": notice.title(), "message": notice.text()},
+}
+
+
+class Outcome(NamedTuple):
+    """What came of an attempt to tell; words say why it failed, "" that it did not."""
+
+    words: str = ""
+    wait: float = 0.0  # seconds that the receiver asks for
+    is_gone: bool = False
+
+
+class Webhook:
+    """A URL that is told by POST, as Standard Webhooks 1.0.0 says."""
+
+    SECONDS = 15.0  # in total
+
+    def __init__(self, url: str, form: str, secret: str) -> None:
+        from urllib.parse import urlsplit
+
+        self._url, self._payload, self._key = urlsplit(url), PAYLOADS[form], b""
+        target = self._url._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        self._topic, self._target = (target[1:], "/") if form == "ntfy" \
+            else ("", target)
+        try:
+            if secret:
+                self._key = a2b_base64(matching(
+                    "whsec_([A-Za-z0-9+/=]{32,88})", secret)[1])
+        except ValueError:
+            raise TrackerError("the secret is not whsec_ and 24 to 64 bytes in base64"
+                               ) from None
+
+    def tell(self, notice: Notice) -> Outcome:
+        """Tell it something; a redirect is not followed. Raise OSError."""
+        import json
+        from http.client import HTTPConnection, HTTPException, HTTPSConnection
+        from ssl import create_default_context
+
+        body = json.dumps(self._payload(notice, self._topic)).encode()
+        where, limit = (self._url.hostname or "", self._url.port), self.SECONDS
+        connection = HTTPConnection(*where, timeout=limit) \
+            if self._url.scheme == "http" else HTTPSConnection(
+                *where, timeout=limit, context=create_default_context())
+        try:
+            with limited(connection, limit):
+                connection.request(
+                    "POST", self._target, body, self._head(notice.id, body))
+                answer = connection.getresponse()
+        except HTTPException:
+            return Outcome("no answer of HTTP")
+        finally:
+            connection.close()
+        status = f"{answer.status} {answer.reason}"[:99]
+        return Outcome("" if 200 <= answer.status < 300 else status, retry_after(
+            answer.getheader("Retry-After") or ""), answer.status == 410)
+
+    def _head(self, notice_id: str, body: bytes) -> Dict[str, str]:
+        """Return the header of a request, which names and signs a notice."""
+        import hmac
+
+        when = f"{time.time():.0f}"
+        signed = hmac.new(self._key, f"{notice_id}.{when}.".encode() + body, "sha256")
+        return {"Content-Type": "application/json", "Connection": "close",
+                "User-Agent": f"mailtracker/{__version__}", "webhook-id": notice_id,
+                "webhook-timestamp": when, **({"webhook-signature": "v1," + b2a_base64(
+                    signed.digest(), newline=False).decode()} if self._key else {})}
+
+
+@contextmanager
+def limited(connection: Any, length: float) -> Iterator[None]:
+    """Connect, and let nothing take longer than so many seconds in total."""
+    import socket
+    from threading import Timer
+
+    def end() -> None:
+        with suppress(OSError):  # it has ended
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+    deadline = time.monotonic() + length
+    connection.connect()
+    connection.sock.settimeout(None)  # the timer wakes it
+    timer = Timer(deadline - time.monotonic(), end)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def retry_after(text: str) -> float:
+    """Return the seconds that a header Retry-After means; 0 for what is none."""
+    from email.utils import parsedate_to_datetime
+
+    with suppress(ValueError, TypeError, OverflowError):
+        return float(text) if text.strip().isdecimal() else \
+            parsedate_to_datetime(text).timestamp() - time.time()
+    return 0.0
+
+
+def run_command(command: str, pause: Callable[[float], bool], notice: Notice
+                ) -> Outcome:
+    """Run a shell command for an open; only EX_TEMPFAIL (sysexits.h) asks for another.
+
+    The open's line of the event log and the name of its tag are in the environment,
+    where no shell takes them for commands. pause is that of Signals.
+    """
+    from subprocess import DEVNULL, Popen
+
+    (kind, event, name), = notice.news
+    facts = {**event._asdict(), "name": name, "kind": kind, "notice": notice.id}
+    process = Popen(command, shell=True, start_new_session=True, stdin=DEVNULL,
+                    stdout=DEVNULL, stderr=DEVNULL, env={**os.environb, **{
+                        f"MAILTRACKER_{fact.upper()}".encode(): clean(
+                            str("" if value is None else value)[:LONGEST_FACT]).encode()
+                        for fact, value in facts.items()}})
+    deadline, is_stopped = time.monotonic() + COMMAND_SECONDS, False
+    while process.poll() is None and time.monotonic() < deadline and not is_stopped:
+        is_stopped = pause(0.02)
+    if process.poll() is None:  # it ends with all that it has started
+        os.killpg(process.pid, signal.SIGKILL)
+    code = process.wait()
+    if code:
+        note(f"the command exits {code}")
+    return Outcome("stopped" if is_stopped else
+                   "the command asks for it" * (code == os.EX_TEMPFAIL))
+
+
+def show_on_desktop(notice: Notice) -> Outcome:
+    """Show a notice by notify-send or osascript, else by the terminal."""
+    from shutil import which
+    from subprocess import DEVNULL, TimeoutExpired, run
+
+    title, text = notice.title(), notice.text()
+    for program, *words in (
+            ["notify-send", "--app-name=mailtracker", "--", title, unmarked(text)],
+            ["osascript", "-e", "on run argv", "-e", "display notification (item 2 of "
+             "argv) with title (item 1 of argv)", "-e", "end run", title, text]):
+        with suppress(TimeoutExpired):
+            if which(program) and not run(
+                    [program, *words], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
+                    timeout=Webhook.SECONDS, check=False).returncode:
+                return Outcome()
+    if not sys.stderr.isatty():
+        return Outcome("neither notify-send nor osascript shows it")
+    title, text = (part.replace("\n", ", ").replace(";", ",") for part in (title, text))
+    print(f"\033]777;notify;{title};{text}\033\\", end="", file=sys.stderr, flush=True)
+    return Outcome()
+
+
+def tell_by_mail(smarthost: Smarthost, sender: Tuple[str, str], to: str, notice: Notice
+                 ) -> Outcome:
+    """Hand a notice over as a mail."""
+    from email.utils import formatdate
+
+    lines = "".join(header(name, value) for name, value in (
+        ("Date", formatdate(localtime=True)), ("From", header_mailbox(*sender)),
+        ("To", to), ("Message-ID", f"<{notice.id}@{sender[1].partition('@')[2]}>"),
+        ("Subject", header_text(notice.title())),
+        ("Auto-Submitted", "auto-generated"), ("MIME-Version", "1.0")))
+    reply = smarthost.deliver(sender[1], to, lines.encode() + _text_part(
+        "plain", notice.text() + "\n"))
+    smarthost.close()
+    return Outcome("" if reply.is_ok else str(reply))
+
+
+def teller_of(options: argparse.Namespace, pause: Callable[[float], bool]
+              ) -> Callable[[Notice], Outcome]:
+    """Return what tells the receiver that a command's options name."""
+    kind, _, rest = options.to.partition(":")
+    if kind == "exec":
+        return partial(run_command, rest, pause)
+    if kind == "mailto":
+        return partial(tell_by_mail, smarthost_of(options),
+                       options.sender or ("", rest), rest)
+    return show_on_desktop if kind == "desktop" else Webhook(
+        options.to, options.format or "generic",
+        password_from(options.secret_command, "secret")).tell
+
+
+class Notices:
+    """Tell one receiver what the log says, from where it was told last: at least once.
+
+    A notice has its id before it is first tried, and the progress goes on once it was
+    told. file holds that, locked.
+    """
+
+    LOOK = 0.25      # seconds between two looks at the log
+    GATHER = 60.0    # seconds in which opens become one notice, or are taken back
+    MOST = 200       # opens in one notice
+    REMIND = 3600.0  # seconds between two looks for mail that is to be reminded of
+    RENAME = 60.0    # seconds after which a name in the register is read again
+    ROTATED = 2.0    # seconds in which a server may write to a log moved away
+    RETRIES: Sequence[float] = (  # as Standard Webhooks has them
+        5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+
+    def __init__(self, files: Files, options: argparse.Namespace, file: int,
+                 tell: Callable[[Notice], Outcome]) -> None:
+        self._files, self._options, self._file, self._tell = files, options, file, tell
+        is_each = options.to.startswith("exec:")  # with an environment of its own
+        self._gather, self._most = (0.0, 1) if is_each else (self.GATHER, self.MOST)
+        self._names: Dict[str, str] = {}
+        self._renamed = self._reminded = -DAY  # when, by the monotonic clock
+        self._ripe, self._stamp = 0.0, stamp_of(files.log)  # when it was read last
+        self.state = self._load()
+
+    def _load(self) -> Progress:
+        """Return what the file says; a new receiver is told what comes from now on."""
+        import json
+
+        saved = os.pread(self._file, 512, 0)
+        if not saved:
+            note("this receiver is new: it is told what happens from now on")
+            self._save(Progress(end_of_log(self._files.log), utc_text(time.time())))
+            return self.state
+        try:
+            begin, since, end, *rest = json.loads(saved)
+            state = Progress(Place(*begin), since, Place(*end), *rest)
+            sum([*state.begin, *state.end, state.tries, state.due])  # or TypeError
+            return state._replace(since=since + "", id=state.id + "")
+        except (ValueError, TypeError):
+            raise TrackerError(f"{self._options.state} is damaged; remove it, to be "
+                               "told what happens from now on") from None
+
+    def _save(self, state: Progress) -> None:
+        """Put down how far it is, in one write of one sector."""
+        import json
+
+        self.state = state
+        os.pwrite(self._file, f"{json.dumps(state):<511}\n".encode(), 0)
+        sync_data(self._file)
+
+    def check(self) -> None:
+        """Raise TrackerError where the receiver wants no more."""
+        if self.state.tries < 0:
+            raise TrackerError("the receiver is gone for good, it says (410); to begin "
+                               f"anew, remove {self._options.state}")
+
+    def look(self, at_once: bool = False) -> bool:
+        """Tell what is due; return whether more may be. Raise OSError, TrackerError."""
+        is_begun = self.state.id or self._begin(at_once)
+        if not is_begun or 0 < self.state.due - time.time() <= DAY:  # not if clocks err
+            return False
+        news, reached = self._news()
+        notice = Notice(self.state.id, self._with_names(news))
+        outcome = self._told(notice) if news else Outcome()
+        tries, why = self.state.tries, outcome.words
+        if why and (outcome.is_gone or tries < len(self.RETRIES)):
+            wait = min(max(self.RETRIES[tries], outcome.wait), DAY)
+            self._save(self.state._replace(
+                tries=-1 if outcome.is_gone else tries + 1, due=time.time() + wait))
+            note(f"{why}; to be told again in {lasting(wait)}" * (not outcome.is_gone))
+            return False
+        self._save(reached._replace(end=Place(), id="", tries=0, due=0.0))
+        self._ripe = 0.0
+        if why:
+            note(f"{why}; given up: {notice.title()}")
+        elif news:
+            print(f"{utc_text(time.time())}  {notice.title()}", flush=True)
+        return True
+
+    def _begin(self, at_once: bool) -> bool:
+        """Begin a notice where there is something to tell; return whether there is."""
+        now, stamp, old = time.monotonic(), stamp_of(self._files.log), self._stamp
+        is_idle = self._ripe == float("inf")
+        if at_once or now >= self._ripe or is_idle and stamp != old:
+            self._stamp, self._ripe = stamp, float("inf")
+            if 0 != old.inode != stamp.inode and not at_once:
+                self._ripe = now + self.ROTATED
+            else:
+                self._gather_opens(at_once)
+        if not self.state.id and self._options.remind \
+                and (at_once or now - self._reminded >= self.REMIND):
+            self._reminded = now
+            if self._reminders():
+                self._give_id(Place())
+        return self.state.id != ""
+
+    def _gather_opens(self, at_once: bool) -> None:
+        """Pass over what is no news, and begin a notice once all of it is gathered."""
+        old, (news, reached) = self.state, self._news()
+        while not news and reached != self.state:
+            self.state = reached
+            news, reached = self._news()
+        if news:
+            rest = self._gather - abs(time.time() - seconds(news[0].event.time))
+            self._ripe = time.monotonic() + rest
+            if at_once or rest <= 0 or len(news) >= self._most:
+                self._give_id(reached.begin)
+        elif self.state != old:
+            self._save(self.state)
+
+    def _give_id(self, end: Place) -> None:
+        """Begin a notice that ends somewhere in the log."""
+        notice_id = "msg_" + new_ids(os.urandom(16))[0]
+        self._save(self.state._replace(end=end, id=notice_id))
+
+    def _news(self) -> Tuple[List[News], Progress]:
+        """Return what a notice tells, and how far the receiver then is."""
+        state, gathering = self.state, Gathering(self._options)
+        if state.id and state.end == Place():
+            return self._reminders(), state
+        place = state.begin
+        for file, offset, event in events_behind(self._files.log, place, state.since):
+            gathering.take(event)
+            place = place_at(file, offset)
+            if os.fstat(file).st_size < offset:  # it was cut just now
+                return [], state
+            if len(gathering.opens) >= self._most or state.id \
+                    and place.inode == state.end.inode and offset >= state.end.offset:
+                break
+        return list(gathering.news(self._files.log)), state._replace(
+            begin=place, since=max(state.since, gathering.since))
+
+    def _reminders(self) -> List[News]:
+        """Return the next mails of which no open was seen for long enough."""
+        before = utc_text(time.time() - self._options.remind)
+        return list(islice(unopened(self._files, before), self._most))
+
+    def _with_names(self, news: Sequence[News]) -> List[News]:
+        """Return news with the names that their tags have by now."""
+        now, ids = time.monotonic(), {each.event.id for each in news}
+        if now - self._renamed >= self.RENAME or not ids <= self._names.keys():
+            with suppress(OSError, TrackerError):  # a register may be damaged
+                self._names = names_of(self._files)
+            self._renamed = now
+        return [each._replace(name=clean(self._names.get(each.event.id, ""))
+                              or short(each.event.id, 80)) for each in news]
+
+    def _told(self, notice: Notice) -> Outcome:
+        """Tell it, and log reminders."""
+        try:
+            outcome = self._tell(notice)
+            if notice.news[0].kind == "reminder" and not outcome.words:
+                now = utc_text(time.time())
+                append_events(self._files, [Event(now, "reminder", each.event.id)
+                                            for each in notice.news])
+            return outcome
+        except (OSError, TrackerError, ValueError, RuntimeError) as error:
+            return Outcome(explain(error))  # of a host's name, or of threads
+
 
 # -- doctor: what is wrong with a set-up, and what to do --------------------------
 # A check yields level, what is wrong and what to do; what ends it, and those that need
@@ -8601,13 +9169,7 @@ def show_plan(plan: Plan, mailing: Mailing, options: argparse.Namespace) -> int:
 def send_all(files: Files, mailing: Mailing, people: Sequence[Recipient],
              options: argparse.Namespace) -> int:
     """Send what is to be sent, when it is to be sent; say what became of it."""
-    signals = Signals(None)
-
-    def pause(length: float) -> bool:
-        if not signals.stopping and select.select([signals.file], [], [], length)[0]:
-            signals.obey()
-        return signals.stopping
-
+    pause = Signals(None).wait
     if time.time() < options.at:
         note(f"waiting until {time.ctime(options.at)}; Ctrl-C ends that")
     while time.time() < options.at:  # the clock may be set meanwhile
@@ -8717,13 +9279,6 @@ def watched(items: Iterable[Item], what: str, options: argparse.Namespace
     are_shown = sys.stdout.isatty() and not (
         options.sort or options.reverse or options.id)
     return items if are_shown else progress(items, what)
-
-
-def names_of(files: Files) -> Dict[str, str]:
-    """Return the names of all tags by their ids."""
-    columns, rows = register_rows(files)
-    return dict(map(itemgetter(columns.index("id"), columns.index("name")),
-                    progress(rows, "reading rows")))
 
 
 def print_lines(lines: Iterable[str]) -> int:
@@ -8838,7 +9393,7 @@ def scan_lines(files: Files, options: argparse.Namespace, seen: Set[Any]
 
 
 def cmd_rejudge(options: argparse.Namespace) -> int:
-    """Judge the hits of the log again, by today's rules, and correct the opens."""
+    """Judge the hits again by today's rules, and correct the opens."""
     files = Files(options.register, options.events)
     if not log_files(files.log):
         raise TrackerError(f"no such event log: {files.log}")
@@ -9347,6 +9902,100 @@ def add_doctor(commands: Any) -> None:
     add("--json", action="store_true", help="print what is found as JSON")
 
 
+def cmd_notify(options: argparse.Namespace) -> int:
+    """Tell somebody of opens, soon after they come."""
+    files = Files(options.register, options.events)
+    check_notify(options)
+    register_path(files)
+    signals, length = Signals(None), 0.0
+    options.state = f"{files.register}.{hash_of(options.to)[:8]}.notify"
+    with lock_of(0.0, options.state, flags=os.O_RDWR | os.O_CREAT) as file:
+        if file < 0:
+            raise TrackerError("another notify tells this receiver already")
+        notices = Notices(files, options, file, teller_of(options, signals.wait))
+        notices.check()
+        while not signals.wait(length):
+            try:
+                is_over = not notices.look(options.once)
+                length = notices.LOOK * is_over
+            except (OSError, TrackerError) as error:
+                if options.once:
+                    raise
+                note(explain(error))
+                length = 60.0
+            notices.check()
+            if options.once and is_over:
+                break
+    if options.once and notices.state.id:
+        raise TrackerError("not yet told: run it again after "
+                           f"{utc_text(notices.state.due)}")
+    return 0
+
+
+def check_notify(options: argparse.Namespace) -> None:
+    """Refuse options that would have no effect on this receiver."""
+    kind = options.to.partition(":")[0].replace("https", "http")
+    for option, needed in (("format", "http"), ("secret_command", "http"),
+                           ("smarthost", "mailto"), ("sender", "mailto")):
+        if getattr(options, option) and kind != needed:
+            name = {"sender": "from"}.get(option, option.replace("_", "-"))
+            options.parser.error(f"--{name} needs --to {needed}:...")
+    for wrong, words in (
+            (not options.to, "--to: say whom to tell"),
+            (kind == "mailto" and not options.smarthost, "mailto: needs --smarthost"),
+            (options.format == "ntfy" and not re.fullmatch(
+                r"https?://[^/]+/[\w-]{1,64}", options.to, re.ASCII),
+             "--format ntfy needs a URL such as https://ntfy.sh/topic")):
+        if wrong:
+            options.parser.error(words)
+
+
+def _receiver(text: str) -> str:
+    from urllib.parse import urlsplit
+
+    text = text.strip()
+    kind, _, rest = text.partition(":")
+    if kind == "mailto":
+        address_in(rest)
+    elif kind != "exec" and text not in ("", "desktop"):
+        url = urlsplit(matching("https?://[!-~]{1,2000}", text)[0])
+        if url.username or not matching(_HOST.pattern, url.hostname or "") \
+                or url.port == 0:
+            raise ValueError
+    return text
+
+
+def _span(text: str) -> float:
+    found = matching(r"(\d{1,9})([smhdw])", text)
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def add_notify(commands: Any) -> None:
+    """Add the options of notify."""
+    add = add_command(commands, cmd_notify, "--to https://ntfy.sh/topic --format ntfy"
+                      ).add_argument
+    add("--to", metavar="RECEIVER", default=os.environ.get("MAILTRACKER_TO", ""),
+        type=argument(_receiver, "a URL, mailto:ME@x.org, desktop or exec:COMMAND"),
+        help="a URL, mailto:ME@x.org, desktop, or exec: and a shell command, which "
+        "finds $MAILTRACKER_NAME and others (default: $MAILTRACKER_TO)")
+    add("--format", choices=list(PAYLOADS),
+        help="what a URL is told (default: generic, as Standard Webhooks has it)")
+    add("--secret-command", metavar="COMMAND", default="",
+        help="a command that prints a secret, whsec_..., to sign with what a URL is "
+        "told (default: $MAILTRACKER_SECRET)")
+    add("--every", action="store_true", help="of every open, not only a tag's first")
+    add("--on", choices=("revived",),
+        help="also of the first open after two weeks without")
+    add("--unknown", action="store_true", help="also of hits that may be opens")
+    add("--remind", metavar="TIME", type=argument(_span, "a time such as 3d or 12h"),
+        default=0.0, help="also of mail sent so long ago of which no open was seen")
+    add("--once", action="store_true", help="tell what there is, and end; for cron")
+    add("--follow", action="store_true", help="go on until Ctrl-C (as without --once)")
+    add_smarthost(add, ("password", "xoauth2"), required=False)
+    add("--from", metavar="ADDRESS", dest="sender", type=mailbox_argument,
+        help="who the mail is from (default: whom it is to)")
+
+
 def cmd_server(options: argparse.Namespace) -> int:
     """Serve pixels and count their hits."""
     files = Files(options.register, options.events)
@@ -9515,6 +10164,9 @@ RULES = (
     ("dump", "--unopened", "goes without", "--opened"),
     ("scan", "--follow", "goes without", "--dry-run"),
     ("doctor", "--list-checks", "goes without", "CHECKS --wait --message --json"),
+    ("notify", "--on", "goes without", "--every"),
+    ("notify", "--once", "goes without", "--follow"),
+    ("notify", "--user", "needs", "--smarthost"),
     ("forget", "--older-than", "goes without", "TAGS"),
     ("forget", "--yes", "goes without", "--dry-run"),
     ("settle", "--rotate-events", "needs", "--worker"),
@@ -9536,7 +10188,7 @@ def build_parser() -> argparse.ArgumentParser:
                         version=f"mailtracker {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for add in (add_server, add_newtag, add_send, add_relay, add_dump, add_report,
-                add_scan, add_doctor, add_others):
+                add_notify, add_scan, add_doctor, add_others):
         add(commands)
     parser.set_defaults(commands=commands.choices)
     return parser
