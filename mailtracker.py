@@ -77,7 +77,6 @@ from typing import (
 if TYPE_CHECKING:
     import socket
     import ssl
-    import subprocess
 
 if sys.platform != "win32":
     import fcntl
@@ -1440,13 +1439,9 @@ class Merger:
         row = list(cells.values())
         return self._merged(tag_id, self.source.record(row), row)
 
-    def tags(self, names: Optional[Dict[str, str]] = None
-             ) -> Iterator[Tuple[str, Tag]]:
-        """Yield ids and tags without their names, which go where they are wanted.
-
-        The many that were never hit share their objects.
-        """
-        name_at, width = self.at["name"], len(self.columns)
+    def tags(self) -> Iterator[Tuple[str, Tag]]:
+        """Yield ids and tags; the many that were never hit share their objects."""
+        width = len(self.columns)
         blanks: Dict[Tuple[str, str, str], Tag] = {}
         for cells in self.rows():
             if len(cells) < width:
@@ -1462,8 +1457,6 @@ class Merger:
                           last_hit if same else last_open, created, sent, status)
                 if hits == "0":
                     blanks[created, sent, status] = tag
-            if names is not None:
-                names[tag_id] = text_in(cells[name_at])
             yield tag_id, tag
 
 
@@ -2074,11 +2067,9 @@ class Store:
     """
 
     def __init__(self, files: Files, notify: Callable[[str], None] = note,
-                 sync_each_write: bool = False, rotate: int = 0,
-                 names: bool = False) -> None:
+                 sync_each_write: bool = False, rotate: int = 0) -> None:
         self.files = files
         self.tags: Dict[str, Tag] = {}
-        self.names: Optional[Dict[str, str]] = {} if names else None
         self._notify, self._sync_each_write = notify, sync_each_write
         self._log: LogWriter  # once it is open
         self._lines: List[bytes] = []
@@ -2120,7 +2111,7 @@ class Store:
         for _ in range(3):
             stamp = stamp_of(self.files.register)
             merger = read_register(self.files)
-            self.tags = dict(progress(merger.tags(self.names), "reading tags"))
+            self.tags = dict(progress(merger.tags(), "reading tags"))
             if stamp == stamp_of(self.files.register):
                 break
         return merger.place
@@ -2237,8 +2228,6 @@ class Store:
         if is_new and event.event in EVENTS:
             tag = after(tag or Tag(), event)
             self.tags[event.id] = tag._replace(name="")
-            if self.names is not None and event.event == "made":
-                self.names[event.id] = tag.name
 
     def _obey(self, gone: Collection[str], offset: int) -> None:
         """Know some tags no more, and wipe out what was written of them meanwhile."""
@@ -3561,67 +3550,6 @@ class Lines(Background):
             self._dropped += before + len(lines)
 
 
-class OnOpen(Background):
-    """Run a shell command for each new open, one at a time.
-
-    The open's line of the event log and the name of its tag are in the environment,
-    where no shell takes them for commands.
-    """
-
-    MOST = 100
-    LIMIT = 30.0      # seconds for one command
-    LONGEST = 10_000  # characters of a value; Linux takes 128 KB
-
-    def __init__(self, command: str, first_only: bool, lines: Lines) -> None:
-        super().__init__(self._tell, lines.rarely, rest=2.0)
-        self._command, self._first_only = command, first_only
-        self._process: Optional[subprocess.Popen[bytes]] = None
-
-    def __call__(self, event: Event, name: str) -> None:
-        if (event.opens == 1 or not self._first_only) and not self.put((event, name)):
-            self._say("on-open: the command is too slow; opens were left out")
-
-    def __exit__(self, *_: object) -> None:
-        """Let what is queued run on for a moment, then end what still runs."""
-        super().__exit__()
-        self._command = ""
-        self._end()
-
-    def _tell(self) -> None:
-        while self.waiting and self._command:
-            event, name = self.waiting.popleft()
-            facts = {f"MAILTRACKER_{fact.upper()}".encode():
-                     clean(str(value)[:self.LONGEST]).encode()
-                     for fact, value in {**event._asdict(), "name": name}.items()}
-            try:
-                self._run_command({**os.environb, **facts})
-            except OSError as error:
-                self._say(f"on-open: {explain(error)}")
-
-    def _run_command(self, environment: Dict[bytes, bytes]) -> None:
-        import subprocess
-
-        self._process = process = subprocess.Popen(
-            self._command, shell=True, env=environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
-        try:
-            if process.wait(self.LIMIT):
-                self._say(f"on-open: the command exits {process.returncode}")
-        except subprocess.TimeoutExpired:
-            self._say(f"on-open: ended after {self.LIMIT:.0f} s")
-            self._end()
-        self._process = None
-
-    def _end(self) -> None:
-        """End the command that runs, and all that it has started."""
-        process = self._process
-        if process:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 @lru_cache(maxsize=1)
 def _times(now: int, window: int) -> Tuple[str, str, str]:
     """Return a time, and from when to when tags were made that are in their window."""
@@ -3649,17 +3577,12 @@ class Client(NamedTuple):
 
 
 class Tracker:
-    """Answer requests; judge, log and tell the hits among them.
+    """Answer requests; judge, log and tell the hits among them."""
 
-    on_open is called with each new open and its tag's name, and must return at once.
-    """
-
-    def __init__(self, store: Store, lines: Lines, settings: Settings = Settings(),
-                 on_open: Optional[Callable[[Event, str], None]] = None) -> None:
+    def __init__(self, store: Store, lines: Lines, settings: Settings = Settings()
+                 ) -> None:
         self.hits = 0
         self._store, self._lines, self._settings = store, lines, settings
-        self._on_open = on_open
-        self._opened: List[Event] = []
         self._judge = Judge(network_test(settings.me))
         self._is_trusted = network_test(settings.trusted_proxy)
         self._proxied = False
@@ -3769,7 +3692,6 @@ class Tracker:
                       *verdict, client.address, client.agent)
         if is_open(*verdict):
             event = event._replace(opens=tag.opens + 1)
-            self._opened.append(event)
         self._store.add(event)
         self.hits += 1
         for number, old in enumerate(overruled, 1):
@@ -3795,13 +3717,8 @@ class Tracker:
                       b"see --trusted-proxy\n" if self._proxied else b"ok\n")
 
     def flush(self) -> None:
-        """Write what was counted to the log, then tell of new opens."""
+        """Write what was counted to the log."""
         self._store.flush()
-        if self._on_open:
-            names = self._store.names or {}
-            for event in self._opened:
-                self._on_open(event, names.get(event.id, ""))
-        self._opened.clear()
 
     def tend(self) -> bool:
         """Do what is due every second; tell whether it should be done again at once."""
@@ -10007,16 +9924,13 @@ def cmd_server(options: argparse.Namespace) -> int:
     with listener, ExitStack() as stack:
         lines, signals, ready = begin(options)
         stack.enter_context(lines)
-        on_open = stack.enter_context(
-            OnOpen(options.on_open, options.on_open_first, lines)) \
-            if options.on_open else None
         store = Store(files, lines.rarely, options.fsync == "always",
-                      options.rotate_events, names=bool(on_open))
+                      options.rotate_events)
         store.open()
         stack.enter_context(pid_file(options.pidfile))
         stack.callback(store.close)
         tracker = Tracker(store, lines, Settings(
-            **{name: getattr(options, name) for name in Settings._fields}), on_open)
+            **{name: getattr(options, name) for name in Settings._fields}))
         tracker.learn(files.log)
         server = PixelServer(listener, tracker, lines, certificate)
         tasks = [store.sync] * (options.fsync == "second")
@@ -10123,10 +10037,6 @@ def add_server(commands: Any) -> None:
         "or /48)")
     add("--keep-agent", choices=("yes", "no"), default="yes",
         help="whether a client's User-Agent is logged (default: %(default)s)")
-    add("--on-open", metavar="COMMAND", default="", help="run a shell command for "
-        "every new open; $MAILTRACKER_NAME and others tell which")
-    add("--on-open-first", action="store_true",
-        help="only for the first open of each tag")
 
 
 # ---------------------------------------------------------------------------
@@ -10142,7 +10052,6 @@ RULES = (
     ("relay", "--tls-cert", "needs", "--tls-key"),
     ("relay", "--tls-key", "needs", "--tls-cert"),
     ("relay", "--quota", "needs", "--local"),
-    ("server", "--on-open-first", "needs", "--on-open"),
     ("newtag", "--names-from", "goes without", "--name --count"),
     ("send", "--sample", "goes without", "TEMPLATE"),
     ("send", "--yes", "needs", "--smarthost"),
@@ -10174,6 +10083,10 @@ RULES = (
 GONE = {
     "--no-events": "the log is what counts; to keep little in it, "
                    "say --keep-address none --keep-agent no",
+    "--on-open": "it is a command of its own now, that loses no open: "
+                 "notify --every --to 'exec:COMMAND'",
+    "--on-open-first": "it is a command of its own now, that loses no open: "
+                       "notify --to 'exec:COMMAND'",
     "--reuse-port": "a register has one server; the README says what to do for more",
 }
 

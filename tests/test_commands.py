@@ -269,7 +269,7 @@ NO_EFFECT = [
     "dump a.csv --register b.csv", "newtag --names-from x --name y",
     "newtag --names-from x --count 2", "forget Ann --older-than 3d",
     "forget Ann --yes --dry-run", "server --tls-cert x", "server --tls-key x",
-    "server --on-open-first", "settle --rotate-events 3",
+    "settle --rotate-events 3",
 ]
 
 

@@ -5,7 +5,6 @@ Everything is real: a server process, sockets on 127.0.0.1, certificates of open
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import select
@@ -17,14 +16,13 @@ import subprocess
 import sys
 import time
 from ipaddress import ip_network
-from pathlib import Path
 
 import pytest
 
 from conftest import (
     PIXEL_START, assert_nothing_raw, break_off, eventually, exchange, get, hits_of,
     in_pieces, linux, log_rows, occupy, read_all, status_of)
-from mailtracker import clean, network_test, read_headers
+from mailtracker import network_test, read_headers
 
 CHROME = ("Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 "
           "(KHTML, like Gecko) Chrome/149.0.0.0 Safari/537.36")
@@ -285,7 +283,8 @@ def test_a_socket_from_systemd_must_listen_and_needs_no_port(tracker):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--reuse-port"], "--reuse-port"), (["--on-open-first"], "needs --on-open"),
+    (["--reuse-port"], "--reuse-port"), (["--on-open", "x"], "notify --every --to"),
+    (["--on-open-first"], "notify --to 'exec:COMMAND'"),
     (["--trusted-proxy", "example.org"], "not an address or network"),
     (["--no-events"], "--keep-address none --keep-agent no"),
     (["--tls-key", "x"], "needs --tls-cert"), (["--rotate-events", "1K"], "64K"),
@@ -527,102 +526,3 @@ def test_no_more_of_a_client_is_kept_than_is_wanted(tracked, options, kept):
     assert it.server.stop() == 0
     said = set(re.findall(r" hit \w+ \d (\S+) machine \S+ ?(.*)", it.server.log()))
     assert said == {(address or "-", agent) for address, agent in kept}
-
-
-# -- commands for new opens --------------------------------------------------------
-
-
-@pytest.fixture
-def noted(tmp_path):
-    """Return a command that notes its MAILTRACKER_ variables, and what it noted."""
-    script, out = tmp_path / "note.py", tmp_path / "noted.json"
-    script.write_text(
-        "import json, os\n"
-        "facts = {k[12:].lower(): v for k, v in os.environ.items()"
-        " if k[:12] == 'MAILTRACKER_'}\n"
-        f"with open({str(out)!r}, 'a') as file:\n"
-        "    file.write(json.dumps(facts) + '\\n')\n")
-
-    def read(number):
-        eventually(lambda: out.exists() and out.read_text().count("\n") >= number)
-        return [json.loads(line) for line in out.read_text().splitlines()]
-    return f"'{sys.executable}' '{script}'", read
-
-
-@pytest.mark.parametrize("first", [False, True], ids=["each", "first"])
-def test_a_command_is_told_of_each_open_or_the_first(tracked, noted, newtags, first):
-    command, read = noted
-    it = tracked("--on-open", command, *["--on-open-first"] * first)
-    tag, = newtags(it.register, names=['"Jö ""the boss"", 1"'])
-    it.fetch(CURL, tag=tag)
-    event, = it.fetch(tag=tag)
-    it.fetch(tag=tag)  # a reload
-    it.fetch(THUNDERBIRD, tag=tag)
-    it.fetch(THUNDERBIRD)
-    facts = read(2 if first else 3)
-    assert facts[0] == {**event, "name": 'Jö "the boss", 1'}
-    assert [(fact["id"], fact["opens"]) for fact in facts] == [
-        (tag, "1"), *[(tag, "2")] * (not first), (it.tag, "1")]
-    assert it.server.stop() == 0
-    assert len(read(2)) == len(facts)
-
-
-def test_no_name_and_no_agent_is_cut_or_run_in_a_command(
-        serve, newtags, noted, tmp_path):
-    command, read = noted
-    register = tmp_path / "register.csv"
-    texts = ["$(touch owned) `touch owned`", "'\"; touch owned; '\"", "| touch owned",
-             "--help", "\x1b[2J", "a\u2028b", "a\x0bb\x85c", "日本語"]
-    tags = newtags(register, names=[f"NAME{number}" for number in range(len(texts))])
-    rows = register.read_text()
-    for number, text in enumerate(texts):
-        rows = rows.replace(f"NAME{number}", '"{}"'.format(text.replace('"', '""')))
-    register.write_text(rows, "utf-8")
-    server = serve("--register", register, "--on-open", command, "--compose-window", 0)
-    for tag, text in zip(tags, texts):
-        server.get(f"/{tag}.gif", {"User-Agent": f"{THUNDERBIRD} {text}".encode()})
-    facts = read(len(texts))
-    assert [fact["name"] for fact in facts] == [clean(text) for text in texts]
-    assert all(fact["detail"].startswith(THUNDERBIRD + " ") for fact in facts)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_slow_commands_run_one_at_a_time_and_hold_up_nothing(
-        tracked, newtags, tmp_path):
-    (tmp_path / "hold").touch()
-    it = tracked("--quiet", "--on-open", "mkdir lock || touch clash; while [ -e hold ];"
-                 " do sleep 0.02; done; echo x >> done; rmdir lock")
-    start = time.monotonic()
-    for tag in newtags(it.register, 200):
-        it.server.get(f"/{tag}.gif", {"User-Agent": CHROME})
-    assert time.monotonic() - start < 10
-    eventually(lambda: "the command is too slow" in it.server.log())
-    (tmp_path / "hold").unlink()
-    eventually(lambda: (tmp_path / "done").exists()
-               and len((tmp_path / "done").read_text().split()) >= 100)
-    assert it.server.stop() == 0
-    assert len((tmp_path / "done").read_text().split()) <= 101
-    assert not (tmp_path / "clash").exists()
-
-
-def test_commands_that_fail_are_said_and_harm_nothing(tracked, newtags):
-    it = tracked("--on-open", 'eval "$MAILTRACKER_NAME"')
-    fail = {"exit 3": 3, "no-such-command-xyz": 127, "kill -9 $$": -9,
-            "head -c 300000 /dev/zero; exit 1": 1}
-    for tag in newtags(it.register, names=list(fail)):
-        it.fetch(tag=tag)
-    for code in fail.values():
-        eventually(lambda: f"the command exits {code}\n" in it.server.log())
-    it.server.assert_unharmed()
-
-
-@linux
-def test_a_command_that_runs_when_the_server_stops_is_ended_with_all_it_started(
-        tracked, tmp_path):
-    it = tracked("--on-open", "sleep 77 & echo $! > pid; wait")
-    it.fetch()
-    pid = eventually(lambda: (tmp_path / "pid").exists()
-                     and (tmp_path / "pid").read_text().strip())
-    assert it.server.stop() == 0
-    eventually(lambda: not Path(f"/proc/{pid}/cmdline").exists()
-               or not Path(f"/proc/{pid}/cmdline").read_bytes())
