@@ -106,6 +106,7 @@ _PLAIN = re.compile(r"(?:\w[\w .:@+-]*)?", re.ASCII)
 # and emoji, and spaces that are wide or do not break.
 _HARMLESS = "\u200c\u200d\u00a0\u202f\u3000"
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠")
+DAY = 86400.0   # seconds
 PATIENCE = 2.0  # seconds that people wait before they want to see progress
 
 
@@ -7610,7 +7611,7 @@ class Report:
     def score(self, figures: Figures) -> Optional[float]:
         """Rate a recipient from 0 to 100; None where nothing can be known."""
         known = figures.sent - figures.states["hidden"]
-        days = (time.time() - seconds(figures.last_open or utc_text(0))) / 86400
+        days = (time.time() - seconds(figures.last_open or utc_text(0))) / DAY
         return score(figures.states["opened"], known, self.total.rates()[1], days) \
             if known else None
 
@@ -7782,7 +7783,7 @@ def report_page(report: Report, names: Sequence[str]) -> str:
 
 def last_days(until: float, clock: Callable[[float], time.struct_time]) -> List[str]:
     """Return the 30 days that end with a time."""
-    return [time.strftime("%Y-%m-%d", clock(until - 86400 * n))
+    return [time.strftime("%Y-%m-%d", clock(until - DAY * n))
             for n in reversed(range(30))] if until else []
 
 
@@ -7805,7 +7806,6 @@ def table_html(caption: str, heading: Sequence[str], rows: Iterable[Row]) -> str
 
 # -- notices: the log is their queue ---------------------------------------------
 
-DAY = 86400.0
 MOST_LINES, NAME_LENGTH = 8, 50  # of a notice for people; Discord takes 2,000 letters
 COMMAND_SECONDS = 30.0
 LONGEST_FACT = 10_000  # characters for a command; Linux takes 128 KB
@@ -8315,7 +8315,6 @@ CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 WAIT_SECONDS = 300.0    # for a hit from elsewhere
 SLOW = 2.0              # seconds for a pixel, after which some readers have gone on
-DAY = 86400.0
 MOST_ADDRESSES = 8      # of a name
 MOST_ANSWER = 1 << 16   # bytes
 MOST_MAIL = 64 << 20    # bytes
@@ -9221,7 +9220,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Row],
 
 
 def cmd_report(options: argparse.Namespace) -> int:
-    """Say what came of the mail: what was opened, and what cannot be known."""
+    """Say how much of the mail was opened, and how much cannot be known."""
     if options.compare and not options.by:
         options.by = "variant" if options.campaign else "campaign"
     report = Report(Files(options.register, options.events), options)
@@ -10095,8 +10094,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = Parser(
         prog="mailtracker.py", usage="mailtracker.py COMMAND [options]",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog="Each command has its own help: mailtracker.py help newtag")
+        description=(__doc__ or "").partition("\n")[0]
+        + " Each command has its own help: mailtracker.py help newtag")
     parser.add_argument("-V", "--version", action="version",
                         version=f"mailtracker {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
