@@ -29,6 +29,7 @@ The words, the same everywhere:
     hit        one fetch of the pixel: a fact
     verdict    what a hit is judged to be: human, proxy, machine, self or unknown
     open       a hit by a human, or by a proxy on a person's behalf: a judgement
+    click      a link was followed; a person's first is an open if there was none
     event      one thing that happened to a tag: made, sent, hit, verdict...
     event log  the CSV file with one row per event: the journal, what is believed
     register   the CSV file with one row per tag: what the journal comes to
@@ -42,6 +43,7 @@ The files, all beside each other:
     register.csv.*.notify  how far a receiver of notices has been told
     register.csv.orig    the first register that was not in this program's form
     register.events.csv  the event log
+    register.links.csv   where links lead that count clicks
 
 Exit codes: 0 all went well, 1 it did not and one line says why, 2 wrong usage.
 """
@@ -229,6 +231,13 @@ URL_SAFE = "/?&=%:@!$'*+,;~"
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?"
                    r"|[0-9a-f.]*:[0-9a-f:.]+")
 
+LINK_LENGTH = 8      # letters of 27: 38 bits; whoever stores links sees two that agree
+MAX_DESTINATION = 2048  # characters; some mail filters and browsers take no more
+# No user and no backslash, which make one host look like another, and no letters that
+# are others to browsers than to Python's IDNA.
+_DESTINATION = re.compile(
+    r"(https?://)([^\s/?#@:\\[\]ß\u1e9eς\u200c\u200d]+|\[[\da-f:.]+\])(:[1-9]\d{0,4})?"
+    r'((?:[/?#][^\0- \x7f"<>\\\ufffd]*)?)', re.A | re.I)
 
 # 256 is no multiple of 27, so some letters come a little more often: 97.8 bits of
 # min-entropy are left of 99.3.
@@ -270,6 +279,34 @@ def is_pixel(base: str, url: str) -> bool:
     """Tell whether a URL is that of a pixel below a base URL."""
     path = url[len(base):].encode("utf-8", "replace")
     return url.startswith(base + "/") and bool(ids_in_path(path))
+
+
+def destination(url: str) -> str:
+    """Return a web address in printable ASCII, as it may stand in a Location header.
+
+    What is ASCII stays as it is. Raise ValueError for what no link should lead to.
+    """
+    from urllib.parse import quote
+
+    found = _DESTINATION.fullmatch(url.strip(" \t\r\n\f"))
+    if not found:
+        raise ValueError
+    scheme, host, port, rest = found.groups("")
+    if not host.isascii():
+        host = host.encode("idna").decode()
+    url = scheme + host + port + quote(rest, safe=URL_SAFE + "#[]()")
+    if not _HOST.fullmatch(host.lower().strip("[]")) or int(port[1:] or 1) > 65535 \
+            or len(url) > MAX_DESTINATION:
+        raise ValueError
+    return url
+
+
+def link_id(url: str, number: int = 0) -> str:
+    """Return the letters that stand for a destination; other ones for each number."""
+    from hashlib import blake2b
+
+    return blake2b(f"{number} {url}".encode(), digest_size=LINK_LENGTH
+                   ).digest().translate(_OTHERS).decode()
 
 
 def base_url(server: str, port: Optional[int] = None) -> str:
@@ -621,6 +658,8 @@ def time_in(cell: str) -> str:
 EVENT_COLUMNS = ("time", "event", "id", "hits", "opens", "verdict", "reason",
                  "address", "detail")
 EVENT_HEADER = ",".join(EVENT_COLUMNS).encode() + b"\n"
+LINKS_HEADER = b"link,url,created\n"
+JUDGED = ("hit", "clicked")  # events with a verdict
 OPENS = ("human", "proxy")  # verdicts on hits that are opens, but for these reasons:
 NO_OPENS = ("repeat", "opened")
 
@@ -640,7 +679,8 @@ class Event(NamedTuple):
     """One thing that happened to a tag: a line of the event log.
 
     hits and opens are the tag's own counts after it, None where the writer does not
-    know them. A "verdict" judges anew the hit with its time, address and detail.
+    know them. A "verdict" judges anew the hit or click with its time, address and
+    detail.
     """
 
     time: str
@@ -720,8 +760,18 @@ def parse_event(line: bytes) -> Optional[Event]:
 
 
 def is_open(verdict: str, reason: str) -> bool:
-    """Tell whether a hit that is so judged is a new open."""
+    """Tell whether a hit or click that is so judged is a new open."""
     return verdict in OPENS and reason not in NO_OPENS
+
+
+def click_detail(link: str, agent: str) -> str:
+    """Return the detail of a click."""
+    return f"{link} {agent}".rstrip()
+
+
+def agent_of(event: Event) -> str:
+    """Return the User-Agent in the detail of a hit or click."""
+    return event.detail[LINK_LENGTH + 1:] if event.event == "clicked" else event.detail
 
 
 EVENTS = {
@@ -774,8 +824,8 @@ def after(tag: Tag, event: Event) -> Tag:
             status, kind)
     elif event.hits is not None and event.opens is not None and event.hits >= hits:
         hits, opens = event.hits, event.opens
-        if kind == "hit":
-            last_hit = max(last_hit, event.time)
+        if kind in JUDGED:
+            last_hit = max(last_hit, event.time) if kind == "hit" else last_hit
             if is_open(event.verdict, event.reason):
                 last_open = max(last_open, event.time)
         elif kind == "count":
@@ -795,6 +845,7 @@ class Files:
         path = self.register = os.path.realpath(register)
         stem, extension = os.path.splitext(path)
         self.log = os.path.realpath(log or f"{stem}.events{extension or '.csv'}")
+        self.links = f"{stem}.links{extension or '.csv'}"  # where clicks lead
         self.bak = path + ".bak"    # the version that was replaced last
         self.old = path + ".old"    # the register while it is being exchanged
         self.new = path + ".new"    # the register that is being written
@@ -1038,11 +1089,11 @@ def _log_to_append(path: str) -> Iterator[int]:
         yield file
 
 
-def _before_next(file: int) -> bytes:
+def _before_next(file: int, header: bytes = EVENT_HEADER) -> bytes:
     """Return what must stand between the end of a log and its next line."""
     size = os.fstat(file).st_size
     if not size:
-        return EVENT_HEADER
+        return header
     return b"" if os.pread(file, 1, size - 1) == b"\n" else b"\n"
 
 
@@ -1275,7 +1326,7 @@ def newest(versions: Sequence[Optional[Tag]], is_exact: bool = False) -> Tag:
         name = name or tag.name
     for tag in reversed(known):  # the log has the last word
         status = advanced(status, tag.status) if status else tag.status
-    if status == "sending" and best.hits:
+    if status == "sending" and (best.hits or best.opens):
         status = "sent"  # as it was fetched
     return Tag(best.hits, max(tag.last_hit for tag in known) if best.hits else "",
                best.opens, last_open if best.opens else "", created, sent, status, name)
@@ -1397,7 +1448,7 @@ class Merger:
         if not log:
             self.unheard.append(Event(tag.created or now, "made", tag_id,
                                       detail=tag.name))
-        if tag.hits > (log.hits if log else 0):
+        if tag.hits > (log.hits if log else 0) or tag.opens and not log:
             self.unheard.append(Event(tag.last_hit or now, "count", tag_id,
                                       tag.hits, tag.opens, detail=tag.last_open))
 
@@ -1451,12 +1502,13 @@ class Merger:
             if not is_id(tag_id):
                 continue
             sent, status = [cells[at] if at >= 0 else "" for at in self._later]
-            tag = blanks.get((created, sent, status)) if hits == "0" else None
+            is_blank = hits == opens == "0"
+            tag = blanks.get((created, sent, status)) if is_blank else None
             if not tag:
                 same = last_open == last_hit
                 tag = Tag(count_in(hits), last_hit, count_in(opens),
                           last_hit if same else last_open, created, sent, status)
-                if hits == "0":
+                if is_blank:
                     blanks[created, sent, status] = tag
             yield tag_id, tag
 
@@ -2060,6 +2112,60 @@ class LogWriter(Follower):
                 sync_data(file)
 
 
+class Links:
+    """The destinations of links: what a file holds to which lines are only added.
+
+    While it is missing they lead where they led; a file in its place counts alone.
+    """
+
+    _LINE = re.compile(
+        rb'([%b]{%d}),"?((?i:https?)://[!#-~]{1,%d})"?,[\dTZ:-]{20}\r?\n' % (
+            ID_ALPHABET.encode(), LINK_LENGTH, MAX_DESTINATION - 7))
+
+    def __init__(self, path: str) -> None:
+        self._path, self._urls = path, {}  # type: str, Dict[bytes, bytes]
+        self._stamp, self._end = Stamp(), 0  # of what was read, and up to where
+
+    def hear(self) -> None:
+        """Take in what is new; raise TrackerError or OSError."""
+        stamp = stamp_of(self._path)
+        if stamp in (self._stamp, Stamp()):
+            return
+        if stamp.inode != self._stamp.inode or stamp.size <= self._end:
+            self._urls, self._end = {}, 0
+        for start, line in _lines_in(self._path, self._end):
+            found = self._LINE.fullmatch(line)
+            if found:
+                self._urls[found[1]] = found[2]
+            self._end = start + len(line)
+        self._stamp = stamp
+
+    def find(self, link: bytes) -> bytes:
+        """Return where a link leads; b"" for one that is not known."""
+        with suppress(OSError, TrackerError):
+            self.hear()
+        return self._urls.get(link, b"")
+
+    def add(self, urls: Iterable[str]) -> Dict[str, str]:
+        """Return the links to some destinations; they are on the disk by then.
+
+        A destination has the first that leads nowhere else. Raise TrackerError or
+        OSError.
+        """
+        links, now = {}, utc_text(time.time())
+        with _log_to_append(self._path) as file:
+            for url in urls:
+                self.hear()
+                links[url] = link = next(
+                    link for link in map(partial(link_id, url), range(999))
+                    if self._urls.get(link.encode(), b"") in (b"", url.encode()))
+                if link.encode() not in self._urls:
+                    write_whole(file, _before_next(file, LINKS_HEADER)
+                                + csv_row((link, url, now)).encode())
+            sync_data(file)
+        return links
+
+
 class Store:
     """The server's view: the tags in memory, and the log that tells of them.
 
@@ -2069,7 +2175,7 @@ class Store:
 
     def __init__(self, files: Files, notify: Callable[[str], None] = note,
                  sync_each_write: bool = False, rotate: int = 0) -> None:
-        self.files = files
+        self.files, self.links = files, Links(files.links)
         self.tags: Dict[str, Tag] = {}
         self._notify, self._sync_each_write = notify, sync_each_write
         self._log: LogWriter  # once it is open
@@ -2089,6 +2195,7 @@ class Store:
         self._lock.enter_context(server_lock(self.files))
         _ensure_register(self.files)
         self._load()
+        self.links.find(b"")  # read before anybody waits
         self.tend()
         self._worker.start()
 
@@ -2182,7 +2289,7 @@ class Store:
             self._log.is_cut = False
             since = utc_text(time.time() - UNSETTLED)
             self._owed.update((tag_id, None) for tag_id, tag in self.tags.items()
-                              if tag.last_hit >= since)
+                              if max(tag.last_hit, tag.last_open) >= since)
         self.flush()
         if not self._lines and self._owed:
             self._pay()
@@ -2205,8 +2312,8 @@ class Store:
             del self._owed[tag_id]
             tag = self.tags.get(tag_id)
             if tag:
-                self.add(Event(tag.last_hit, "count", tag_id, tag.hits, tag.opens,
-                               detail=tag.last_open or ""))
+                self.add(Event(tag.last_hit or tag.last_open, "count", tag_id,
+                               tag.hits, tag.opens, detail=tag.last_open))
         self.flush()
 
     def _hear(self) -> bool:
@@ -2349,6 +2456,14 @@ class Request(NamedTuple):
     private: bool = False           # asks not to be tracked: Sec-GPC, DNT
 
 
+class Click(NamedTuple):
+    """What a click is, beside the request; its tag may have an open already."""
+
+    link: str
+    has_language: bool = True       # the request has an Accept-Language
+    is_opened: bool = False
+
+
 class Verdict(NamedTuple):
     """What a hit is judged to be, and the code of the rule that said so."""
 
@@ -2400,6 +2515,10 @@ REASONS: Dict[str, str] = {
     "foreign": "a browser's form with something in it that browsers do not say",
     "full-build": "a desktop browser that tells its build, as only programs still do",
     "unrecognised": "an agent that no rule knows",
+    "mail-network": "a click from Microsoft's mail servers, where nobody sits",
+    "burst": "several links of a mail at once: a scanner",
+    "no-language": "a click within a minute of sending that asks for no language",
+    "opened": "it had been opened before: no further open",
     "repeat": "the same client again within seconds: no further open",
     "composing": "fetched while the message was being written",
     "sender-client": "the program that fetched it while it was being written",
@@ -2975,6 +3094,23 @@ def judge(request: Request, age: Optional[float] = None,
     return _by_company(request, found, earlier) if earlier else found
 
 
+def judge_click(request: Request, click: Click, age: Optional[float] = None,
+                earlier: Sequence[Event] = ()) -> Verdict:
+    """Judge one click: who followed the link, and which rule says so.
+
+    As judge, but that mail servers follow links for nobody (warmbly#412), and that
+    every browser asks for a language.
+    """
+    found = judge(request, age, earlier)
+    if found.verdict != MACHINE and owner(request.address) == "microsoft-mail":
+        return Verdict(MACHINE, "mail-network")
+    if found.verdict not in OPENS:
+        return found
+    if not click.has_language and age is not None and 0 <= age <= 60:
+        return Verdict(UNKNOWN, "no-language")
+    return Verdict(found.verdict, "opened") if click.is_opened else found
+
+
 # ---------------------------------------------------------------------------
 # Judge: hits in the light of those before
 # ---------------------------------------------------------------------------
@@ -2987,11 +3123,13 @@ NOBODY = Request()                   # who a private request may be logged as
 COMPOSING = Verdict(SELF, "composing")
 SENDER_CLIENT = Verdict(SELF, "sender-client")
 OWN_NETWORK = Verdict(SELF, "own-network")
+SCANNED = Verdict(MACHINE, "burst")
+OVERRULING = {"hit": MANY_NETWORKS, "clicked": SCANNED}  # what overrules earlier ones
 
 # Verdicts that rest on what no log keeps stay as they are; so do those that rest on
 # the time of sending where it is not known any more.
-UNREPEATABLE = ("prefetch-header", "probe")
-BY_NETWORK = tuple(rule.reason for rule in NETWORK_RULES)
+UNREPEATABLE = ("prefetch-header", "probe", "no-language")
+BY_NETWORK = ("mail-network", *(rule.reason for rule in NETWORK_RULES))
 BY_TIME = ("fast", "early", "security-gateway")
 
 
@@ -3005,6 +3143,7 @@ class Judge:
     REPEAT = 15        # seconds in which the same client's fetches are one open
     MINUTE = 60        # seconds in which two networks are hardly one reader; a
     #                    scanner's clean id came that soon after (gophish#973)
+    AT_ONCE = 2        # seconds in which nobody follows three links, nor two in one
     MOST_TAGS = 8192   # with opens in the last minute
     MOST_OPENS = 16    # of a tag; one client has at most five
     MOST_STRAYS = 4    # of a network
@@ -3015,15 +3154,16 @@ class Judge:
         self._is_me = is_me
         # What was put last stands last: see _put.
         self._opens: Dict[str, List[Open]] = {}
+        self._clicks: Dict[Tuple[str, str], List[Tuple[int, Event]]] = {}
         self._strays: Dict[str, List[Tuple[int, bytes]]] = {}
         self._senders: Dict[int, Tuple[str, ...]] = {}
 
     def judge(self, tag_id: str, when: int, request: Request,
-              age: Optional[float] = None, composing: bool = False
-              ) -> Tuple[Verdict, List[Event]]:
-        """Return the verdict on a hit, and the earlier opens that it overrules.
+              age: Optional[float] = None, composing: bool = False,
+              click: Optional[Click] = None) -> Tuple[Verdict, List[Event]]:
+        """Return the verdict on a hit or click, and the earlier ones it overrules.
 
-        Those were opens until now and are MANY_NETWORKS from now on. The reason of an
+        Those are OVERRULING from now on; hits were opens until now. The reason of an
         open that was counted already is "repeat". when and age are in seconds, since
         1970 and since sending; composing: the mail is still being written.
         """
@@ -3034,6 +3174,8 @@ class Judge:
             return COMPOSING, []
         if self._senders and self._is_sender(tag_id, request):
             return SENDER_CLIENT, []
+        if click:
+            return self._judge_click(tag_id, when, request, age, click)
         opens = self._opens.get(tag_id)
         if opens and abs(when - opens[-1][0]) <= self.MINUTE or self._strays:
             return self._judge_beside(tag_id, when, request, age, opens or [])
@@ -3070,6 +3212,28 @@ class Judge:
         return found, [_event(tag_id, before, NOBODY if client.private else client, was)
                        for before, client, was in overruled]
 
+    def _judge_click(self, tag_id: str, when: int, request: Request,
+                     age: Optional[float], click: Click
+                     ) -> Tuple[Verdict, List[Event]]:
+        """Judge a click beside those that came just before from its network."""
+        key = tag_id, network(request.address)
+        clicks = [each for each in self._clicks.get(key, ())
+                  if abs(when - each[0]) <= self.AT_ONCE]
+        links = {event.detail[:LINK_LENGTH]: before for before, event in clicks}
+        links[click.link] = when
+        found = judge_click(request, click, age, self._probes(tag_id, when, request))
+        overruled: List[Event] = []
+        if len(links) > 2 or [*links.values()].count(when) > 1:
+            found = SCANNED
+            overruled = [event for _, event in clicks if event.verdict != MACHINE]
+            clicks = [(before, event._replace(verdict=MACHINE))
+                      for before, event in clicks]
+        client = NOBODY if request.private else request
+        clicks.append((when, _event(tag_id, when, client, found)._replace(
+            event="clicked", detail=click_detail(click.link, client.agent))))
+        _put(self._clicks, key, clicks[-self.MOST_OPENS:], self.MOST_TAGS)
+        return found, overruled
+
     def _probes(self, tag_id: str, when: int, request: Request) -> List[Event]:
         """Return a damaged copy of an id that came from the network of a request."""
         strays = self._strays.get(network(request.address), ())
@@ -3087,8 +3251,9 @@ class Judge:
 
     def learn(self, event: Event) -> None:
         """Learn from a logged hit who sends, to know it after a restart."""
-        if event.event == "hit" and event.reason == "composing" and event.detail:
-            self._learn_sender(event.id, event.address, event.detail)
+        agent = agent_of(event)
+        if event.event in JUDGED and event.reason == "composing" and agent:
+            self._learn_sender(event.id, event.address, agent)
 
     def _learn_sender(self, tag_id: str, address: str, agent: str) -> None:
         if is_personal(address, agent):
@@ -3109,7 +3274,8 @@ class Judge:
 
     def forget_old(self, now: int) -> None:
         """Forget what is older than a minute, or from a future that never came."""
-        for memory in (self._opens, self._strays):
+        memories: Any = self._opens, self._clicks, self._strays
+        for memory in memories:
             for key in list(takewhile(
                     lambda key: abs(now - memory[key][-1][0]) > self.MINUTE, memory)):
                 del memory[key]
@@ -3165,7 +3331,7 @@ def is_damaged(stray: bytes, tag_id: bytes) -> bool:
 
 def rejudge(lines: Callable[[bytes], Iterable[bytes]], tags: Mapping[str, Tag]
             ) -> Iterator[Event]:
-    """Judge the hits of a log by today's rules; yield what has to be appended to it.
+    """Judge hits and clicks of a log by today's rules; yield what to append to it.
 
     Those are "verdict" events with the tag's own counts after each, and a "count"
     event for each tag whose last open is another one then. Called with a word, lines
@@ -3174,7 +3340,8 @@ def rejudge(lines: Callable[[bytes], Iterable[bytes]], tags: Mapping[str, Tag]
     verdicts in the log and for the tags with opens.
     """
     review = _Review(lines(b",verdict,"), tags)
-    yield from review.verdicts(lines(b",hit,"))
+    for kind in JUDGED:
+        yield from review.verdicts(lines(b",%b," % kind.encode()), kind)
     yield from review.counts()
 
 
@@ -3203,14 +3370,16 @@ class _Review:
         self._older: Dict[object, bytes] = {}
         self._opens: Dict[str, int] = {}  # of the tags that are corrected
         self._last_opens: Dict[str, str] = {}
+        # Of each tag the first click by a person that is no open.
+        self._spare: Dict[str, Tuple[Event, Tuple[str, str]]] = {}
         self._ended: Set[str] = set()     # tags whose last open is taken back
         self._hidden: Set[str] = set()    # tags with a hit by nobody knows whom
 
-    def verdicts(self, lines: Iterable[bytes]) -> Iterator[Event]:
+    def verdicts(self, lines: Iterable[bytes], kind: str) -> Iterator[Event]:
         """Judge the hits in some lines; yield verdicts when nothing overrules them."""
         for line in lines:
             cells = event_cells(line)
-            if not cells or cells[1] != "hit":
+            if not cells or cells[1] != kind:
                 continue
             minute, is_full = cells[0][:16], len(self._newer) > Judge.MOST_TAGS
             if minute != self._minutes[0] or is_full:
@@ -3220,7 +3389,10 @@ class _Review:
                     self._newer, self._older = {}, self._newer
                 self._minutes = minute, self._minutes[0]
                 yield from self._released(seconds(cells[0]))
-            self._take(line, cells)
+            if kind == "hit":
+                self._take(line, cells)
+            else:
+                self._weigh(line, self._judge)
         yield from self._released(float("inf"))
 
     def _take(self, line: bytes, cells: Sequence[str]) -> None:
@@ -3255,18 +3427,20 @@ class _Review:
         said = found = self._said.get(key, event[5:7])
         if not self._stays(event, *said, tag):
             found, overruled = judge.judge(
-                event.id, int(when), Request(event.detail, event.address),
-                when - seconds(tag.sent) if tag.sent else None)
+                event.id, int(when), Request(agent_of(event), event.address),
+                when - seconds(tag.sent) if tag.sent else None, click=Click(
+                    event.detail[:LINK_LENGTH]) if event.event == "clicked" else None)
             for old in overruled:
                 _, old, _ = self._held.get(_key(old), (0, old, found))
-                self._held[_key(old)] = when, old, MANY_NETWORKS
+                self._held[_key(old)] = when, old, OVERRULING[old.event]
         if key in self._newer or key in self._older:
             return
         self._newer[key] = b""
         if found != said:
             self._held.setdefault(key, (when, event, found))
-        if is_open(*found):
-            self._last_opens[event.id] = event.time
+        if is_open(*found) and (found == said or event.event == "hit"):
+            self._last_opens[event.id] = max(
+                event.time, self._last_opens.get(event.id, ""))
 
     def _released(self, now: float) -> Iterator[Event]:
         """Yield the verdicts that differ from what the log says, a minute later."""
@@ -3275,7 +3449,10 @@ class _Review:
                 break
             del self._held[key]
             tag, said = self._tags[event.id], self._said.get(key, event[5:7])
-            if found != said and not (said == MANY_NETWORKS
+            if event.event == "clicked" and is_open(*found) and not is_open(*said):
+                self._spare.setdefault(event.id, (event, found))
+                found = Verdict(found[0], "opened")
+            if found != said and not (said in OVERRULING.values()
                                       and event.id in self._hidden):
                 opens = self._opens.get(event.id, tag.opens) + is_open(*found)
                 self._opens[event.id] = opens = max(0, opens - is_open(*said))
@@ -3285,22 +3462,27 @@ class _Review:
                                      verdict=found[0], reason=found[1])
 
     def counts(self) -> Iterator[Event]:
-        """Yield the tags' last opens where they are others now.
+        """Let a click be the open of a tag without one; yield last opens that changed.
 
         One that was not taken back may be known from older files of the log.
         """
+        for tag_id, (event, found) in self._spare.items():
+            if not self._opens.get(tag_id, self._tags[tag_id].opens):
+                self._opens[tag_id], self._last_opens[tag_id] = 1, event.time
+                yield event._replace(event="verdict", hits=self._tags[tag_id].hits,
+                                     opens=1, verdict=found[0], reason=found[1])
         for tag_id, opens in self._opens.items():
             tag, last_open = self._tags[tag_id], self._last_opens.get(tag_id, "")
             if tag_id not in self._ended:
                 last_open = max(last_open, tag.last_open)
             last_open = last_open if opens else ""
             if last_open != tag.last_open and (last_open or not opens):
-                yield Event(tag.last_hit, "count", tag_id, tag.hits, opens,
-                            detail=last_open)
+                yield Event(tag.last_hit or tag.last_open or last_open, "count",
+                            tag_id, tag.hits, opens, detail=last_open)
 
     def _stays(self, event: Event, verdict: str, reason: str, tag: Tag) -> bool:
         """Tell whether a verdict rests on what the log does not hold."""
-        if not event.address or not event.detail and reason != "no-agent":
+        if not event.address or not agent_of(event) and reason != "no-agent":
             self._hidden.add(event.id)
             return True
         return (verdict == SELF or reason in UNREPEATABLE
@@ -3348,8 +3530,9 @@ _ASKING = _PAGE.format("Do you want no more of these mails?<form method=post>"
 _GRANTED = _PAGE.format("You are unsubscribed: no more of these mails.").encode()
 PIXEL_ANSWER = _HEAD % (200, b"OK", b"image/gif", len(PIXEL), b"") + PIXEL
 
-_STATUS = {200: b"OK", 400: b"Bad Request", 405: b"Method Not Allowed",
-           431: b"Request Header Fields Too Large", 503: b"Service Unavailable"}
+_STATUS = {200: b"OK", 302: b"Found", 400: b"Bad Request", 404: b"Not Found",
+           405: b"Method Not Allowed", 431: b"Request Header Fields Too Large",
+           503: b"Service Unavailable"}
 
 # RFC 9112, strictly: one space, a visible target, CRLF, no folding, no NUL.
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -3371,6 +3554,8 @@ FORGED = b"192.0.2.77"  # nobody's (RFC 5737): doctor claims it, to see who is b
 _NOT_YET = (errno.EAGAIN, 2, 3)
 # Where recipients unsubscribe; with an extension behind it, it is a pixel.
 _UNSUBSCRIBING = re.compile(rb"/u/(%s)$" % _ID.encode())
+_CLICK = re.compile(rb"/([^/]*)(?:~|%7[Ee])([^/]*)$")  # both are ~ (RFC 3986, 2.3)
+_LANGUAGE = re.compile(rb"^accept-language:[ \t]*[^ \t\r]", re.I | re.M)
 _STRAY = re.compile(rb"[^/]{15,80}")  # a path segment that may be a damaged id
 
 MAX_HEAD = 8192      # bytes of a request head; browsers send under 2,000
@@ -3384,11 +3569,13 @@ MAX_CONNECTIONS = 4096  # that wait
 TICK_SECONDS = 1.0
 
 
-def answer(status: int, body: bytes = b"", kind: bytes = b"text/plain") -> bytes:
+def answer(status: int, body: bytes = b"", kind: bytes = b"text/plain",
+           location: bytes = b"") -> bytes:
     """Return a whole response; nothing of the request is repeated."""
     body = body or _STATUS[status] + b"\n"
-    allow = b"Allow: GET, HEAD\r\n" if status == 405 else b""
-    return _HEAD % (status, _STATUS[status], kind, len(body), allow) + body
+    more = b"Location: %b\r\n" % location if location else \
+        b"Allow: GET, HEAD\r\n" if status == 405 else b""
+    return _HEAD % (status, _STATUS[status], kind, len(body), more) + body
 
 
 def plain_address(address: str) -> str:
@@ -3633,9 +3820,29 @@ class Tracker:
             return self._health()
         if b"/u/" in path and _UNSUBSCRIBING.search(path):
             return answer(200, _ASKING, b"text/html")  # and nothing has changed
+        if b"~" in path or b"%7" in path:
+            reply = self._follow(path, headers, client, is_hit)
+            if reply:
+                return reply
         if is_hit:
             self._record(path, client)
         return PIXEL_ANSWER
+
+    def _follow(self, path: bytes, headers: bytes, client: Client, is_hit: bool
+                ) -> bytes:
+        """Return the answer that leads where a link does; b"" where the path is none.
+
+        Whose link it is does not matter; a click is counted where its tag is known.
+        """
+        found = _CLICK.search(path)
+        url = self._store.links.find(found[2]) if found else b""
+        if not found or not url:
+            is_ours = found and is_id(found[1].decode("latin-1"))
+            return answer(404) if is_ours else b""
+        if is_hit:
+            self._record(path[:found.end(1)], client, Click(
+                found[2].decode(), bool(_LANGUAGE.search(headers))))
+        return answer(302, location=url)
 
     def post(self, target: bytes) -> bytes:
         """Return the answer to a POST: unsubscribe a recipient (RFC 8058).
@@ -3670,38 +3877,49 @@ class Tracker:
         return (kept_address(address, self._settings.keep_address),
                 agent if self._settings.keep_agent == "yes" else "")
 
-    def _record(self, path: bytes, client: Client) -> None:
+    def _record(self, path: bytes, client: Client, click: Optional[Click] = None
+                ) -> None:
         try:
             now = int(time.time())
             for name in ids_in_path(path):
                 tag = self._store.find(name.decode())
                 if tag:
-                    return self._hit(name.decode(), tag, client, now)
+                    return self._hit(name.decode(), tag, client, now, click)
             for segment in _STRAY.findall(path)[-1:]:
                 self._judge.stray(segment.partition(b".")[0], client.request.address,
                                   now)
         except Exception as error:  # the pixel is sent whatever happens here
             self._lines.rarely(f"cannot count: {explain(error) or repr(error)}")
 
-    def _hit(self, tag_id: str, tag: Tag, client: Client, now: int) -> None:
-        """Judge and log a hit, and the opens that it overrules."""
+    def _hit(self, tag_id: str, tag: Tag, client: Client, now: int,
+             click: Optional[Click]) -> None:
+        """Judge and log a hit or click, and those that it overrules."""
         now_text, earliest, latest = _times(now, self._settings.compose_window)
         verdict, overruled = self._judge.judge(
             tag_id, now, client.request, now - seconds(tag.sent) if tag.sent else None,
-            not tag.sent and earliest < tag.created <= latest)
+            not tag.sent and earliest < tag.created <= latest,
+            click and click._replace(is_opened=tag.opens > 0))
         event = Event(now_text, "hit", tag_id, tag.hits + 1, tag.opens,
                       *verdict, client.address, client.agent)
+        if click:
+            event = event._replace(event="clicked", hits=tag.hits,
+                                   detail=click_detail(click.link, client.agent))
         if is_open(*verdict):
             event = event._replace(opens=tag.opens + 1)
         self._store.add(event)
-        self.hits += 1
-        for number, old in enumerate(overruled, 1):
+        self.hits += not click
+        opens = event.opens or 0
+        for old in overruled:
+            opens -= is_open(old.verdict, old.reason)
+            address, agent = self._kept(old.address, agent_of(old))
+            detail = click_detail(old.detail[:LINK_LENGTH], agent) if click else agent
             self._store.add(Event(
-                old.time, "verdict", tag_id, event.hits, (event.opens or 0) - number,
-                *MANY_NETWORKS, *self._kept(old.address, old.detail)))
+                old.time, "verdict", tag_id, event.hits, opens, *OVERRULING[old.event],
+                address, detail))
         if not self._settings.quiet:
-            self._lines.line(f"hit {tag_id} {event.hits} {event.address or '-'} "
-                             f"{event.verdict} {event.reason} {event.detail}".rstrip())
+            self._lines.line(
+                f"{event.event} {tag_id} {event.hits} {event.address or '-'} "
+                f"{event.verdict} {event.reason} {event.detail}".rstrip())
         if client.proxied and not self._proxied:
             self._proxied = True
             peer = client.request.address
@@ -4155,7 +4373,7 @@ def wanted_events(events: Iterable[Event], names: Mapping[str, str],
     """Return the events that are wanted; names are those of the tags by now."""
     return (event for event in events if wants(
         options, event.id, names.get(event.id, ""), event.event == "hit",
-        event.event == "hit" and is_open(event.verdict, event.reason), event.time))
+        event.event in JUDGED and is_open(event.verdict, event.reason), event.time))
 
 
 def moment(text: str) -> str:
@@ -4295,39 +4513,51 @@ def tag_lines(columns: Sequence[str], rows: Iterable[Row], limit: Optional[int],
             f", {states[state]} {state}" for state in STATUSES if states[state])
 
 
-def words(event: Event) -> Tuple[str, str]:
-    """Return a verdict and its reason; of another kind of event what it is, and why."""
+def words(event: Event, reasons: Mapping[str, str] = {}) -> Tuple[str, str]:
+    """Return a verdict and its reason; of another kind of event what it is, and why.
+
+    What is judged says so, unless it is a hit.
+    """
     about, _, _ = EVENTS.get(event.event, "").partition(";")
-    return event.verdict or event.event, event.reason or about
+    kind = f"{event.event}: " if event.event in ("clicked", "verdict") else ""
+    return event.verdict or event.event, kind + reasons.get(
+        event.reason, event.reason or about)
 
 
 def log_lines(events: Iterable[Event], screen: int) -> Iterator[str]:
     """Yield a table of events."""
-    rows = ([event.time, short(event.id, screen), clean(words(event)[0]),
-             clean("verdict: " * (event.event == "verdict") + words(event)[1]),
+    rows = ([event.time, short(event.id, screen), *map(clean, words(event)),
              clean(f"{event.address} {event.detail}".strip())] for event in events)
     heading = ["time", "id", "verdict", "reason", "address and agent"]
     return table_lines(heading, rows, 4, screen)
 
 
 def history_lines(columns: Sequence[str], row: Row, events: Sequence[Event],
-                  options: argparse.Namespace) -> Iterator[str]:
-    """Yield a tag with its events, each hit with the last verdict on it, in words."""
+                  options: argparse.Namespace, leads: Callable[[bytes], bytes]
+                  ) -> Iterator[str]:
+    """Yield a tag with its events, each hit with the last verdict on it, in words.
+
+    A click comes with where it leads.
+    """
     client = itemgetter(*map(EVENT_COLUMNS.index, ("time", "address", "detail")))
     last = {client(event): event[5:7] for event in events if event.event == "verdict"}
-    hits = {client(event) for event in events if event.event == "hit"}
+    hits = {client(event) for event in events if event.event in JUDGED}
     shown_time = local_time if options.local else str
     for column, cell in zip(columns, row):
         yield f"{clean(column):9} {clean(cell) or '-'}"
     yield "" if events else "\nno events of this tag are in the log"
     for event in events:
-        if event.event == "hit":
+        if event.event in JUDGED:
             event = Event(*event[:5], *last.get(client(event), event[5:7]), *event[7:])
         elif event.event == "verdict" and client(event) in hits:
             continue
         when = shown_time(event.time)
-        what, why = words(event)
-        yield clean(f"{when}  {what:7}  {REASONS.get(why, why)}")
+        what, why = words(event, REASONS)
+        yield clean(f"{when}  {what:7}  {why}")
+        if event.event == "clicked":
+            link = event.detail[:LINK_LENGTH]
+            event = event._replace(detail=event.detail.replace(
+                link, leads(link.encode()).decode() or link, 1))
         about = clean(f"{event.address}  {event.detail}".strip())
         if event.verdict or about and event.event not in ("made", "count", "sending"):
             yield cut(" " * (len(when) + 11)
@@ -4380,7 +4610,7 @@ def json_value(column: str, cell: str) -> Any:
 # happens to a mail is an event in the log before the next step is taken.
 
 
-# -- splice: one element into a message, all other bytes as they were -----------
+# -- splice: a pixel and links into a message, all other bytes as they were ------
 # Not parsed and written anew, which alters one mail in four, but cut and joined. It is
 # as strangers wrote it: no claim raises, none is recursed into or scanned repeatedly.
 
@@ -4425,6 +4655,24 @@ _ENDS = re.compile(r"</(body|html)\b", re.I | re.ASCII)
 _IMAGE = re.compile(r"<img\b[^<>]*>", re.I | re.ASCII)
 _SOURCE = re.compile(
     r"""(?<![\w-])src\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""", re.I | re.ASCII)
+# What ends in each form also ends with the text, so nothing is read twice: html.parser
+# needs 5 s for 8,000 times "<a ".
+_MARKUP = re.compile(
+    _COMMENT.pattern + r"|<[!?][^>]*|</(?![a-z])[^>]*|<(script|style|title|textarea|xmp"
+    r"|iframe|noembed|noframes)(?=[\s/>]).*?(?:</\1(?=[\s/>])|\Z)|<(/?[a-z][^\s/>]*)",
+    re.I | re.A | re.DOTALL)
+_ATTRIBUTE = re.compile(
+    r"""[\s/]*([^\s/>][^\s/>=]*)(?:\s*=\s*"""
+    r"""(?:"([^"]*)(?:"|\Z)|'([^']*)(?:'|\Z)|([^\s"'>][^\s>]*)))?""", re.A)
+_ENTITY = re.compile(r"&(?:#x[\da-f]+;?|#\d+;?|\w+;)", re.I | re.A)
+# A text in which people see an address: mail programs warn where it leads elsewhere.
+_SHOWS_ADDRESS = re.compile(
+    r"\bhttps?://|\bwww\.|^\s*(?:[^\s/@:.]+\.)+[^\s\d/@:.]{2,}(?:[:/?#]\S*)?\s*$",
+    re.I)
+MOST_LINKS = 1000  # of a message that are changed
+MAX_LINE = 998     # bytes (RFC 5322, 2.1.1)
+
+Hrefs = Callable[[Collection[str]], Mapping[str, str]]
 
 
 class Part(NamedTuple):
@@ -4594,12 +4842,13 @@ def edited(raw: bytes, part: Part, edit: Callable[[str], str]) -> bytes:
         text.encode("utf-8", "replace"), "quoted-printable", eol) + raw[part.end:]
 
 
-def with_pixel(raw: bytes, tag: str, is_ours: Callable[[str], bool]
-               ) -> Tuple[bytes, str]:
+def with_pixel(raw: bytes, tag: str, is_ours: Callable[[str], bool],
+               hrefs: Optional[Hrefs] = None) -> Tuple[bytes, str]:
     """Return a message with a tag in its HTML; or the very same, and why, in words.
 
     The tag is an <img> element in ASCII. Images whose src is ours are taken out: they
-    came with the mail that is quoted.
+    came with the mail that is quoted. hrefs is given where links lead, and returns
+    what shall stand there instead, for those that change.
     """
     parts = split(raw)
     part = _html_part(parts)
@@ -4610,7 +4859,9 @@ def with_pixel(raw: bytes, tag: str, is_ours: Callable[[str], bool]
         return raw, why
     body, eol = raw[part.start:part.end], _eol(raw)
     gap = b"" if body else eol  # the blank line before it may be the delimiter's
-    body = _tagged(body, _coding(part), tag, is_ours, eol)
+    named = "".join(fields(parts[0].head, "List-Unsubscribe"))
+    body = _tagged(body, _coding(part), tag, is_ours, eol, hrefs and (
+        lambda urls: hrefs([url for url in urls if f"<{url}>" not in named])))
     new = raw[:part.start] + gap + body + raw[part.end:]
     # A line that was cut may have become a delimiter.
     if split(new)[parts.index(part)].end - len(new) != part.end - len(raw):
@@ -4691,19 +4942,28 @@ def _byte_codec(charset: str) -> str:
 
 
 def _tagged(body: bytes, coding: Tuple[str, str], tag: str,
-            is_ours: Callable[[str], bool], eol: bytes) -> bytes:
-    """Return the body of an HTML part with a tag in it and no images of ours."""
+            is_ours: Callable[[str], bool], eol: bytes, hrefs: Optional[Hrefs]
+            ) -> bytes:
+    """Return the body of an HTML part with a tag in it and no images of ours.
+
+    Links stay where a line would be longer with them than a line may be.
+    """
     (transfer, charset), end = coding, eol.decode()
     codec = _byte_codec(charset)
+    edits = partial(_edits, tag=tag, is_ours=is_ours, hrefs=hrefs, shown=lambda text:
+                    text.encode(codec).decode(_codec(charset), "replace"))
     if transfer != "quoted-printable":
         html = _payload(body, transfer).decode(codec)
-        html = _spliced(html, _edits(html, tag, is_ours), end, end)
-        return _transferred(html.encode(codec), transfer, eol)
+        new = _spliced(html, edits(html), end, end)
+        if hrefs and transfer != "base64" and max(map(len, new.split("\n"))) > max(
+                MAX_LINE, *map(len, html.split("\n"))):
+            return _tagged(body, coding, tag, is_ours, eol, None)
+        return _transferred(new.encode(codec), transfer, eol)
     data, origin = _unquoted(body)
-    tag = _transferred(tag.encode(), transfer, eol).decode()
-    edits = [(origin(start), origin(stop), new)
-             for start, stop, new in _edits(data.decode(codec), tag, is_ours)]
-    return _spliced(body.decode(codec), edits, end, "=" + end).encode(codec)
+    moved = [(origin(start), origin(stop),
+              _transferred(new.encode(), transfer, eol).decode())
+             for start, stop, new in edits(data.decode(codec))]
+    return _spliced(body.decode(codec), moved, end, "=" + end).encode(codec)
 
 
 def _unquoted(data: bytes) -> Tuple[bytes, Callable[[int], int]]:
@@ -4720,10 +4980,11 @@ def _unquoted(data: bytes) -> Tuple[bytes, Callable[[int], int]]:
     return b"".join([*pieces, data[at[-1]:]]), origin
 
 
-def _edits(html: str, tag: str, is_ours: Callable[[str], bool]
+def _edits(html: str, tag: str, is_ours: Callable[[str], bool],
+           hrefs: Optional[Hrefs], shown: Callable[[str], str]
            ) -> List[Tuple[int, int, str]]:
     """Return what to change in HTML: from, up to, and what stands there instead."""
-    from html import unescape
+    from html import escape, unescape
 
     place = _place(html)
     edits = [(place, place, tag)]
@@ -4731,7 +4992,54 @@ def _edits(html: str, tag: str, is_ours: Callable[[str], bool]
         source = _SOURCE.search(image[0])
         if source and is_ours(unescape(source[source.lastindex or 0])):
             edits.append((*image.span(), ""))
+    links = list(islice(_links(html, shown), MOST_LINKS)) if hrefs else []
+    new = hrefs({url for _, _, url in links}) if hrefs and links else {}
+    edits += [(start, stop, escape(new[url]))
+              for start, stop, url in links if url in new]
     return sorted(edits)
+
+
+def _links(html: str, shown: Callable[[str], str]) -> Iterator[Tuple[int, int, str]]:
+    """Yield where in HTML the addresses of links stand, and where these lead.
+
+    Left out is what leads to no web page, unsubscribes, has data-notrack, or shows an
+    address. What the bytes of HTML say is shown.
+    """
+    from html import unescape
+
+    tags = [tag for tag in _tags(html) if tag[0] in ("a", "/a", "area")]
+    ends = [start for _, start, _, _ in tags[1:]] + [len(html)]
+    for (name, _, begin, values), end in zip(tags, ends):
+        start, stop = values.get("href", (0, 0))
+        href = _ENTITY.sub(lambda found: unescape(found[0]), shown(html[start:stop]))
+        text = re.sub("<[^<>]*>", "", html[begin:end]) if name == "a" else ""
+        if name != "/a" and "data-notrack" not in values \
+                and "unsubscribe" not in href.lower() \
+                and not _SHOWS_ADDRESS.search(unescape(shown(text))):
+            with suppress(ValueError):
+                yield start, stop, destination(href)
+
+
+def _tags(html: str
+          ) -> Iterator[Tuple[str, int, int, Dict[str, Tuple[int, int]]]]:
+    """Yield the whole tags in HTML: name, from, up to, and where each value stands.
+
+    As HTML5 reads it; nothing in comments, scripts and the like.
+    """
+    at = 0
+    while found := _MARKUP.search(html, at):
+        at = found.end()
+        values: Dict[str, Tuple[int, int]] = {}
+        if not found[2]:
+            continue
+        while attribute := _ATTRIBUTE.match(html, at):
+            at = attribute.end()
+            values.setdefault(attribute[1].lower(),
+                              attribute.span(attribute.lastindex or 0))
+        at = html.find(">", at) + 1
+        if not at:
+            return  # it never ends, and nothing behind it is shown
+        yield found[2].lower(), found.start(), at, values
 
 
 def _place(html: str) -> int:
@@ -4752,11 +5060,14 @@ def _spliced(text: str, edits: Iterable[Tuple[int, int, str]], eol: str, soft: s
              ) -> str:
     """Return a text with edits made, and no line longer than it was.
 
-    What goes in gets lines of its own, by soft line breaks where something follows.
+    What goes in gets lines of its own, by soft line breaks where something follows;
+    what replaces something only by those.
     """
     pieces, done = [], 0
     for start, stop, new in edits:
-        if new:
+        if new and start < stop:  # in a value, where only soft breaks may stand
+            new = new if soft == eol else soft + new + soft
+        elif new:
             new = (soft if text[start:start + 1].strip() else eol) + new + soft
         elif "\n" in text[start:stop]:
             new = soft
@@ -4789,6 +5100,22 @@ def make_html(raw: bytes) -> bytes:
         mark, b"Content-Type: text/html; charset=utf-8",
         b"Content-Transfer-Encoding: quoted-printable", b"",
         _transferred(html, "quoted-printable", eol), mark + b"--", b""])
+
+
+def hrefs_of(links: Links, base: str, path: str, tag_id: str, urls: Collection[str]
+             ) -> Dict[str, str]:
+    """Return what destinations become in a tag's mail, stored by then.
+
+    The path is the template of its pixel. What leads to the tracker itself stays, but
+    links of another tag, in a mail that is quoted, become this one's. Raise
+    TrackerError or OSError.
+    """
+    own = re.compile(rf"https?{re.escape(base[base.index(':'):])}(?![^/?#])", re.I)
+    start = tag_template(base, path, "url").partition("{id}")[0] + tag_id
+    made = {url: url.rpartition("~")[2] for url in urls if own.match(url)}
+    made = {url: link for url, link in made.items() if links.find(link.encode())}
+    made.update(links.add([url for url in urls if not own.match(url)]))
+    return {url: f"{start}~{link}" for url, link in made.items()}
 
 
 def wants_no_pixel(raw: bytes) -> bool:
@@ -5402,8 +5729,13 @@ class Mailing:
         self.campaign = clean(one_line(name).strip())
         self.columns = ("id", "name", "email", "campaign", "variant")[
             :5 if self._templates[1:] else 4]
-        if not options.server and any(one.has_html for one in self._templates):
+        has_html = any(one.has_html for one in self._templates)
+        if not options.server and has_html:
             raise TrackerError("say --server HOST: where mail programs fetch the pixel")
+        if options.clicks and not has_html:
+            raise TrackerError("--clicks: links count only in HTML; there is none")
+        self._links = Links(Files(options.register, options.events).links) \
+            if options.clicks else None
         self._base = base_url(options.server) if options.server else ""
         self._link = options.unsubscribe or (
             self._base + "/u/{id}" if self._base.startswith("https:") else "")
@@ -5428,9 +5760,12 @@ class Mailing:
         """Return the address to which a mail bounces."""
         return bounce_address(self._bounces, self._user, self.domain, tag_id)
 
-    def message(self, who: Recipient, wrong: Callable[[str], object] = len
-                ) -> Tuple[bytes, str]:
-        """Return a mail, and "" or why it has no pixel; tell what is wrong with it."""
+    def message(self, who: Recipient, wrong: Callable[[str], object] = len,
+                is_final: bool = False) -> Tuple[bytes, str]:
+        """Return a mail, and "" or why it has no pixel; tell what is wrong with it.
+
+        Only in a final one links are changed, which have to be stored for that.
+        """
         from email.utils import formatdate
 
         own, link = f"<{who.id}@{self.domain}>", self._link.replace("{id}", who.id)
@@ -5446,8 +5781,11 @@ class Mailing:
              "List-Unsubscribe=One-Click" if link.startswith("https:") else "")))
         cells = {"unsubscribe": link, **who.cells} if link else who.cells
         raw = self._template(who).message(lines, cells, wrong)
-        tag = tag_template(self._base, "/{id}.gif").replace("{id}", who.id)
-        return with_pixel(raw, tag, partial(is_pixel, self._base)) \
+        path = "/{id}.gif"
+        tag = tag_template(self._base, path).replace("{id}", who.id)
+        hrefs = partial(hrefs_of, self._links, self._base, path, who.id) \
+            if self._links and is_final else None
+        return with_pixel(raw, tag, partial(is_pixel, self._base), hrefs) \
             if self._base else (raw, "no --server")
 
     def hand_over(self, smarthost: Smarthost, who: Recipient,
@@ -5457,7 +5795,7 @@ class Mailing:
             raise TrackerError(f"row {who.row}: {what}; this mail and those behind it "
                                "wait: the same command goes on")
 
-        message, reply = self.message(who, wrong)[0], smarthost.open()
+        message, reply = self.message(who, wrong, True)[0], smarthost.open()
         is_8bit = "8bitmime" in smarthost.extensions and not message.isascii()
         return smarthost.deliver(self.envelope(who.id), who.address, message,
                                  before_dot, "BODY=8BITMIME" * is_8bit) \
@@ -6493,7 +6831,8 @@ class Passage:
             return made
         tag_id = self._ids.pop(0)
         tag = self._relay.template.replace("{id}", tag_id)
-        message, self._why = with_pixel(self._raw, tag, self._is_ours)
+        message, self._why = with_pixel(self._raw, tag, self._is_ours, partial(
+            self._relay.hrefs, tag_id) if self._relay.options.clicks else None)
         return tag_id, message
 
     def _is_ours(self, source: str) -> bool:
@@ -6914,7 +7253,7 @@ class Relay:
         self.maildrops = {domain: Maildrop(path, options.quota)
                           for domain, path in options.local}
         self.keep = Maildrop(options.keep, 1 << 62) if options.keep else None
-        self._files, self._writing = files, Lock()
+        self._files, self._links, self._writing = files, Links(files.links), Lock()
         self._held, self._room = 0, Condition()
         self.sessions: Set[Session] = set()
         smarthost = smarthost_of(options)
@@ -6938,6 +7277,17 @@ class Relay:
     def maildrop(self, address: str) -> Any:
         """Return the Maildrop of an address; None for one that is elsewhere."""
         return self.maildrops.get(address.rpartition("@")[2].lower())
+
+    def hrefs(self, tag_id: str, urls: Collection[str]) -> Dict[str, str]:
+        """Return what links become in a tag's mail; none changes if that is impossible.
+        """
+        try:
+            with self._writing:
+                return hrefs_of(self._links, self._base, self.options.path, tag_id,
+                                urls)
+        except (TrackerError, OSError) as error:
+            self.lines.rarely(f"links stay as they are: {explain(error)}")
+            return {}
 
     def is_ours(self, source: str) -> bool:
         """Tell whether an image in a message is a pixel of ours."""
@@ -7878,7 +8228,7 @@ class Gathering:
     def take(self, event: Event) -> None:
         """Take an event; a verdict may take back an open."""
         client = event.id, event.time, event.address, event.detail
-        if event.event in ("hit", "clicked"):
+        if event.event in JUDGED:
             self.since = max(self.since, event.time)
             if self._is_open(event):
                 self._began.setdefault(event.id, event)
@@ -8881,19 +9231,24 @@ def cmd_newtag(options: argparse.Namespace) -> int:
     if not options.server:
         note("this tag works only on this machine; "
              "say --server HOST for one that others can reach")
-    template = tag_template(base_url(options.server or "localhost", options.port),
-                            options.path, options.format)
+    base = base_url(options.server or "localhost", options.port)
+    template = tag_template(base, options.path, options.format)
     people = People(options.names_from) if options.names_from else None
     names = people.names if people else [options.name] * options.count
     ids, now = new_ids(os.urandom(32), len(names)), utc_text(time.time())
+    files, templates = Files(options.register, options.events), [template]
+    if options.link:
+        _ensure_register(files)
+        links = hrefs_of(Links(files.links), base, options.path, "{id}", options.link)
+        templates += [links.get(url, url) for url in options.link]
     if ids:
-        add_tags(Files(options.register, options.events),
-                 list(zip(ids, map(one_line, names))),
+        add_tags(files, list(zip(ids, map(one_line, names))),
                  Making(now, now if options.armed else ""))
-    texts = [template.replace("{id}", tag_id) for tag_id in ids]
-    print_lines(people.with_tags(ids, texts) if people else texts)
+    texts = [[each.replace("{id}", tag_id) for each in templates] for tag_id in ids]
+    lines = list(chain.from_iterable(texts))
+    print_lines(people.with_tags(ids, texts) if people else lines)
     if options.copy:
-        copy_to_clipboard("\n".join(texts), options.format)
+        copy_to_clipboard("\n".join(lines), options.format)
     return 0
 
 
@@ -8934,12 +9289,15 @@ class People:
             self._rows.append(cell_text(raw).rstrip("\r\n"))
             self.names.append(cell_text(cells[place]))
 
-    def with_tags(self, ids: Iterable[str], tags: Iterable[str]) -> Iterator[str]:
-        """Yield the lines of the file as they stand, with ids and tags added."""
+    def with_tags(self, ids: Iterable[str], tags: Sequence[Sequence[str]]
+                  ) -> Iterator[str]:
+        """Yield the lines of the file as they stand, with ids, tags and links added."""
         set_stdout("utf-8")
         show = clean if sys.stdout.isatty() else str
         head, d = cell_text(self._table.header).rstrip("\r\n"), self._table.delimiter
-        added = chain([("id", "tag")], zip(ids, tags))
+        links = distinct(["link"] * len(tags[0][1:])) if tags else []
+        added = chain([("id", "tag", *links)], (
+            (tag_id, *texts) for tag_id, texts in zip(ids, tags)))
         for row, cells in zip([head, *self._rows], added):
             yield show(row) + d + csv_row(cells, d, self._table.eol.rstrip("\n"))
 
@@ -9051,7 +9409,7 @@ def write_mails(folder: str, mailing: Mailing, people: Sequence[Recipient]) -> i
     os.makedirs(folder, exist_ok=True)
     for number, who in enumerate(people, 1):
         with open(os.path.join(folder, f"{number:03}.eml"), "wb") as file:
-            file.write(mailing.message(who)[0])
+            file.write(mailing.message(who, is_final=True)[0])
     print(f"wrote {plural(len(people), 'mail')} to {folder}; their pixels do not count")
     return 0
 
@@ -9140,7 +9498,8 @@ def cmd_dump(options: argparse.Namespace) -> int:
             log = progress(read_log(files.log), "reading the log")
             tag_id = chosen[0][columns.index("id")]
             return print_lines(history_lines(columns, chosen[0], [
-                event for event in log if event.id == tag_id], options))
+                event for event in log if event.id == tag_id], options,
+                Links(files.links).find))
     zone = "/".join(dict.fromkeys(time.tzname)) if options.local else "UTC"
     return print_rows(columns, chosen, options, tag_lines(
         columns, chosen, options.limit, screen_width(options.full), zone))
@@ -9167,10 +9526,9 @@ def follow(files: Files, options: argparse.Namespace) -> int:
         if news.event == "made":
             names[news.id] = news.detail
         for event in wanted_events([news], names, options):
-            what, why = words(event)
             print(clean("  ".join((
                 shown_time(event.time), short(event.id, screen),
-                names.get(event.id, ""), f"{what}: {REASONS.get(why, why)}",
+                names.get(event.id, ""), ": ".join(words(event, REASONS)),
                 event.address)).rstrip()), flush=True)
     return 0
 
@@ -9539,6 +9897,9 @@ def add_newtag(commands: Any) -> None:
         "else the first; print the file with id and tag added; - reads stdin")
     add("--armed", action="store_true",
         help="the mail goes straight out: no hit is taken for your own while writing")
+    add("--link", metavar="URL", action="append", default=[],
+        type=argument(destination, "a web address such as https://x.org/page"),
+        help="print a link to there that counts clicks as well; may be repeated")
     add("--copy", action="store_true", help="put the tag on the clipboard as well")
 
 
@@ -9562,6 +9923,7 @@ def add_send(commands: Any) -> None:
     add("--from", metavar="ADDRESS", dest="sender", type=mailbox_argument,
         help="'Ann <ann@x.org>' (default: the From of the template)")
     add_pixel_server(add)
+    add("--clicks", action="store_true", help="let links in HTML count clicks")
     add("--campaign", metavar="NAME", default="", help="who got a mail of this name "
         "gets no other (default: the file name of the template)")
     add("--where", metavar="COLUMN=GLOB", type=condition_argument, action="append",
@@ -9774,6 +10136,7 @@ def add_relay(commands: Any) -> None:
         help="where mail with a pixel bounces to: '{user}+{id}@{domain}'")
     add("--make-html", action="store_true",
         help="make HTML of plain text, which can hold no pixel")
+    add("--clicks", action="store_true", help="let links in HTML count clicks")
     add("--untracked-when-broken", action="store_true", help="where a row cannot be "
         "written, send the mail without a pixel rather than not at all")
     add("--keep", metavar="MAILDIR", default="",
@@ -9989,7 +10352,7 @@ def check_paths(options: argparse.Namespace) -> None:
         getattr(options, name, "") for name in ("tls_cert", "tls_key", "logfile",
                                                 "pidfile"))
     taken = [files.register, files.bak, files.old, files.new, files.lock, files.orig,
-             tls_cert, tls_key]
+             files.links, tls_cert, tls_key]
     for option, path, ours in (("--events", files.log, rb"(time|[\d,\s\0]).*"),
                                ("--logfile", logfile, rb"\d{4}-\d\d-.*"),
                                ("--pidfile", pidfile, rb"\d+\s*")):
