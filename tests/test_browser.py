@@ -1,22 +1,15 @@
 """A real browser shows an HTML mail that holds a tag: counted once, and invisible."""
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import signal
-import subprocess
 
 import pytest
 
+from cdp import Browser, chromium
 from conftest import eventually
 from conftest import hits_of
 
-CHROMIUM = next(filter(None, map(shutil.which, (
-    "chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM, reason="chromium is not installed (Debian package chromium)")
+pytestmark = chromium
 
 MAIL = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>mail</title></head>
@@ -32,27 +25,15 @@ VISIBLE = EMPTY.replace("1px\"", "1px;background:#f00\"")
 
 @pytest.fixture
 def show(tmp_path):
-    """Open an HTML mail in a new browser; return the picture of it, as PNG."""
-    def run(name, tag, background="#fff", colour="#000"):
-        mail, picture = tmp_path / f"{name}.html", tmp_path / f"{name}.png"
-        mail.write_text(MAIL.format(background=background, colour=colour, tag=tag))
-        log = tmp_path / f"{name}.log"
-        with open(log, "wb") as output, subprocess.Popen([
-                CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
-                "--disable-quic", "--no-first-run", "--disable-background-networking",
-                "--disable-component-update", "--disable-sync",
-                "--disable-dev-shm-usage", "--window-size=400,300",
-                f"--user-data-dir={tmp_path / ('profile-' + name)}",
-                f"--screenshot={picture}", mail.as_uri()], stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, start_new_session=True) as browser:
-            try:
-                assert browser.wait(60) == 0, log.read_text()
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(browser.pid, signal.SIGKILL)
-        assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        return picture.read_bytes()
-    return run
+    """Open an HTML mail in a fresh tab; return the picture of it, as PNG."""
+    with Browser(tmp_path / "profile") as browser:
+        def run(name, tag, background="#fff", colour="#000"):
+            mail, page = tmp_path / f"{name}.html", browser.page()
+            mail.write_text(MAIL.format(background=background, colour=colour, tag=tag))
+            page.look(400, 300)
+            page.go(mail.as_uri())
+            return page.picture()
+        yield run
 
 
 @pytest.mark.parametrize("colours", [
