@@ -365,6 +365,7 @@ TIMES = ("last_hit", "last_open", "created", "sent")
 _ALIASES = {"clicks": "hits", "lastclick": "last_hit"}  # the tracker of 2018
 _BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"),
          (b"\xfe\xff", "utf-16-be"))
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
 _LONGEST_HEADER = 1000  # lines
 UNCLOSED = "a quote that is never closed; close it, or take it out"
 
@@ -852,6 +853,7 @@ class Files:
         self.versions = path, self.old, self.bak  # the newest first
         self.lock = path + ".lock"  # of the one server; carries the marks
         self.orig = path + ".orig"  # the first one not in this program's form
+        self.key = stem + ".key"    # the dashboard's secret
 
     def shown(self, text: str) -> str:
         """Return text without the folders of these files: strangers may read it."""
@@ -1613,6 +1615,11 @@ def names_of(files: Files) -> Dict[str, str]:
 
 # -- settling: the register anew ------------------------------------------------
 
+def records(merger: Merger) -> Iterator[str]:
+    """Yield the records of a register as they should stand."""
+    return (raw for raw, _ in merger)
+
+
 class Settler:
     """Write the register anew from the files alone; it may die at any step.
 
@@ -1626,17 +1633,23 @@ class Settler:
         self._kept: Dict[int, Stamp] = {}
         self._missing_since = 0.0
 
-    def settle(self, force: bool = False, patience: float = 0.0) -> bool:
+    def __del__(self) -> None:
+        for file in self._kept:
+            os.close(file)
+
+    def settle(self, force: bool = False, patience: float = 0.0,
+               edit: Callable[[Merger], Iterable[str]] = records) -> bool:
         """Bring register and log into step; False: not now, come again.
 
-        Raise TrackerError for a register that cannot be read, and OSError.
+        What makes its records of a merger may change some, when forced. Raise
+        TrackerError for a register that cannot be read, and OSError.
         """
         if os.path.exists(self.files.register):
             self._missing_since = 0.0
         elif not self._bring_back():
             return False
         with lock_of(patience, *self.files.versions) as file:
-            return file >= 0 and self._settle(force)
+            return file >= 0 and self._settle(force, edit)
 
     def _bring_back(self) -> bool:
         """Wait for a register that is being saved, then put .bak in its place."""
@@ -1655,7 +1668,8 @@ class Settler:
             create_register(files)
         return True
 
-    def _settle(self, force: bool) -> bool:
+    def _settle(self, force: bool, edit: Callable[[Merger], Iterable[str]] = records
+                ) -> bool:
         """Settle, the lock being held."""
         import shutil
 
@@ -1677,7 +1691,7 @@ class Settler:
                         self._columns)
         try:
             new = write_register(files.new, source, merger.source, chain(
-                [merger.head()], (raw for raw, _ in merger)))
+                [merger.head()], edit(merger)))
             if stamp_of(source) != version:
                 return False
             if merger.changed or force or source != files.register:
@@ -1921,6 +1935,39 @@ def _append_rows(file: int, register: Register, making: Making,
         write_whole(file, text.encode(register.encoding, "surrogateescape"))
         text = ""
     os.fsync(file)
+
+
+def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str]) -> None:
+    """Give the row of a tag another name, or other texts in columns of the user's.
+
+    Columns are named as in register_rows; every other byte of the register stays. To
+    the log the tag was made by that name. Raise TrackerError or OSError.
+    """
+    found: List[Tuple[str, str]] = []
+
+    def edited(merger: Merger) -> Iterator[str]:
+        columns, register = distinct(merger.columns), merger.source
+        ours = {*OWN_COLUMNS, *LATER_COLUMNS} - {"name"}
+        for column in {*texts} - ({*columns} - ours):
+            raise TrackerError(f"no column {column} to edit")
+        changes = {columns.index(column): text if column != "name"
+                   and _NUMBER.fullmatch(text) else escape_formula(text)
+                   for column, text in texts.items()}
+        for raw, cells in merger:
+            if [tag_id] == cells[merger.at["id"]:][:1]:
+                found[:] = [(cells[merger.at["created"]], tag_id)]
+                raw = register.changed(raw, len(columns), changes)
+            yield raw
+
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not settler.settle(force=True, patience=1.0, edit=edited):
+        if time.monotonic() >= deadline:
+            raise TrackerError(f"{settler.files.register} is in use; try again")
+    if not found:
+        raise TrackerError(f"no such tag: {tag_id}")
+    append_events(settler.files, [Event(created, "made", tag_id, detail=texts["name"])
+                                  for created, _ in found
+                                  if "name" in texts and is_time(created)])
 
 
 def forget_tags(files: Files, ids: Collection[str]) -> None:
@@ -3996,6 +4043,7 @@ class Connection:
         self.deadline = time.monotonic() + HEAD_SECONDS
         self.room = LINGER_BYTES  # for what it may still send
         self.answered = False
+        self.rest = b""  # of the answer
 
 
 class PixelServer:
@@ -4153,7 +4201,13 @@ class PixelServer:
         the answer with it.
         """
         try:
-            connection.socket.send(reply)
+            sent = connection.socket.send(reply)
+            if sent < len(reply):  # the rest, as soon as there is room
+                connection.answered, connection.rest = True, reply[sent:]
+                self._selector.modify(connection.socket, 2, self._send_rest)
+                return
+            if connection.rest:
+                self._selector.modify(connection.socket, 1, self._continue)
             if self._certificate:
                 with suppress(OSError):  # it has not said farewell yet
                     connection.socket.unwrap()  # type: ignore[attr-defined]
@@ -4162,6 +4216,11 @@ class PixelServer:
             return self._drop(connection)
         connection.answered = True
         connection.deadline = time.monotonic() + LINGER_SECONDS
+
+    def _send_rest(self, file: int) -> None:
+        connection = self._connections.get(file)
+        if connection:
+            self._finish(connection, connection.rest)
 
 
 class Certificate:
@@ -4328,7 +4387,6 @@ FILTERS = ("id", "name", "hit", "unhit", "opened", "unopened", "since", "campaig
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SUSPECT = frozenset((*_FORMULA_STARTS, "'"))
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
 
 
 def is_read(opens: str, status: str) -> bool:
