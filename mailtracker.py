@@ -10,6 +10,7 @@ Make a tag, paste it into a mail, and let the server count its fetches:
     mailtracker.py newtag --name john --server t.example.org
     mailtracker.py send news.html people.csv     send a mail with a pixel to each
     mailtracker.py relay --smarthost smtp.x.org  put pixels into any program's mail
+    mailtracker.py dashboard --open              look at them in a browser
     mailtracker.py dump                          show the register
     mailtracker.py dump --id 7hq2vxw             show one tag with its history
     mailtracker.py report --by campaign          what was opened, what is unknown
@@ -42,6 +43,7 @@ The files, all beside each other:
     register.csv.*.send  held by a mailing
     register.csv.*.notify  how far a receiver of notices has been told
     register.csv.orig    the first register that was not in this program's form
+    register.key         the dashboard's secret; without it nobody is logged in
     register.events.csv  the event log
     register.links.csv   where links lead that count clicks
 
@@ -1574,17 +1576,18 @@ def _readable(path: str) -> Optional[Register]:
         return None
 
 
-def register_rows(files: Files) -> Tuple[List[str], Iterator[List[str]]]:
+def register_rows(files: Files, say: Callable[[str], None] = note
+                  ) -> Tuple[List[str], Iterator[List[str]]]:
     """Return the columns of a register, and the cells of its tags as they are now.
 
     Counts are plain, times "" for never, names as they were given, every other cell
     as it stands. Nothing is changed. Raise TrackerError.
     """
     merger = read_register(files)
-    return distinct(merger.columns), _tag_rows(merger)
+    return distinct(merger.columns), _tag_rows(merger, say)
 
 
-def _tag_rows(merger: Merger) -> Iterator[List[str]]:
+def _tag_rows(merger: Merger, say: Callable[[str], None]) -> Iterator[List[str]]:
     """Yield the cells of tags, and tell people what is left out."""
     id_at, width = merger.at["id"], len(merger.columns)
     texts = [merger.at[column] for column in TEXTS if column in merger.at]
@@ -1602,8 +1605,8 @@ def _tag_rows(merger: Merger) -> Iterator[List[str]]:
         elif any(cells) and not cells[id_at].startswith(COPY):
             left_out, line = left_out + 1, line or merger.source.current_line()
     if left_out:
-        note(f"{merger.source.name}: {plural(left_out, 'row')} left out, "
-             f"the first in line {line}: no id")
+        say(f"{merger.source.name}: {plural(left_out, 'row')} left out, "
+            f"the first in line {line}: no id")
 
 
 def names_of(files: Files) -> Dict[str, str]:
@@ -1946,7 +1949,7 @@ def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str]) -> None:
     found: List[Tuple[str, str]] = []
 
     def edited(merger: Merger) -> Iterator[str]:
-        columns, register = distinct(merger.columns), merger.source
+        columns = list(map(cell_text, distinct(merger.columns)))
         ours = {*OWN_COLUMNS, *LATER_COLUMNS} - {"name"}
         for column in {*texts} - ({*columns} - ours):
             raise TrackerError(f"no column {column} to edit")
@@ -1956,7 +1959,7 @@ def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str]) -> None:
         for raw, cells in merger:
             if [tag_id] == cells[merger.at["id"]:][:1]:
                 found[:] = [(cells[merger.at["created"]], tag_id)]
-                raw = register.changed(raw, len(columns), changes)
+                raw = merger.source.changed(raw, len(columns), changes)
             yield raw
 
     deadline = time.monotonic() + LOCK_SECONDS
@@ -4049,7 +4052,7 @@ class Connection:
 class PixelServer:
     """Serve whoever connects to a listener; only sockets are dealt with here."""
 
-    def __init__(self, listener: socket.socket, tracker: Tracker, lines: Lines,
+    def __init__(self, listener: socket.socket, tracker: Any, lines: Lines,
                  certificate: Optional[Certificate] = None) -> None:
         import resource
         import selectors
@@ -4590,32 +4593,38 @@ def log_lines(events: Iterable[Event], screen: int) -> Iterator[str]:
     return table_lines(heading, rows, 4, screen)
 
 
-def history_lines(columns: Sequence[str], row: Row, events: Sequence[Event],
-                  options: argparse.Namespace, leads: Callable[[bytes], bytes]
-                  ) -> Iterator[str]:
-    """Yield a tag with its events, each hit with the last verdict on it, in words.
+def as_judged(events: Sequence[Event], leads: Callable[[bytes], bytes]
+              ) -> Iterator[Event]:
+    """Yield events, each hit with the last verdict on it, and without those verdicts.
 
     A click comes with where it leads.
     """
     client = itemgetter(*map(EVENT_COLUMNS.index, ("time", "address", "detail")))
     last = {client(event): event[5:7] for event in events if event.event == "verdict"}
     hits = {client(event) for event in events if event.event in JUDGED}
-    shown_time = local_time if options.local else str
-    for column, cell in zip(columns, row):
-        yield f"{clean(column):9} {clean(cell) or '-'}"
-    yield "" if events else "\nno events of this tag are in the log"
     for event in events:
         if event.event in JUDGED:
             event = Event(*event[:5], *last.get(client(event), event[5:7]), *event[7:])
-        elif event.event == "verdict" and client(event) in hits:
-            continue
-        when = shown_time(event.time)
-        what, why = words(event, REASONS)
-        yield clean(f"{when}  {what:7}  {why}")
         if event.event == "clicked":
             link = event.detail[:LINK_LENGTH]
             event = event._replace(detail=event.detail.replace(
                 link, leads(link.encode()).decode() or link, 1))
+        if event.event != "verdict" or client(event) not in hits:
+            yield event
+
+
+def history_lines(columns: Sequence[str], row: Row, events: Sequence[Event],
+                  options: argparse.Namespace, leads: Callable[[bytes], bytes]
+                  ) -> Iterator[str]:
+    """Yield a tag with its events, as judged by now, in words."""
+    shown_time = local_time if options.local else str
+    for column, cell in zip(columns, row):
+        yield f"{clean(column):9} {clean(cell) or '-'}"
+    yield "" if events else "\nno events of this tag are in the log"
+    for event in as_judged(events, leads):
+        when = shown_time(event.time)
+        what, why = words(event, REASONS)
+        yield clean(f"{when}  {what:7}  {why}")
         about = clean(f"{event.address}  {event.detail}".strip())
         if event.verdict or about and event.event not in ("made", "count", "sending"):
             yield cut(" " * (len(when) + 11)
@@ -7460,6 +7469,9 @@ class Story(NamedTuple):
     aside: Tuple[int, ...] = NO_HITS  # hits that are no opens, as in ASIDE
 
 
+NO_STORY = Story()
+
+
 class Stories:
     """Follow a log: what it tells of each tag, and of each hour.
 
@@ -7623,8 +7635,8 @@ class Figures:
         self._waiting = array("d")  # and until now of what was not
         self.firsts = array("d")    # when those were
 
-    def add(self, mail: Mail, story: Story, now: float) -> None:
-        """Count a tag."""
+    def add(self, mail: Mail, story: Story, now: float) -> str:
+        """Count a tag, and return its state."""
         state = mail.state(story)
         self.states[state] += 1
         self.hits, self.opens = self.hits + mail.hits, self.opens + mail.opens
@@ -7643,6 +7655,7 @@ class Figures:
                 self._after.append(max(0.0, first - mail.since))
         elif state == "no hit" and mail.since == mail.since:
             self._waiting.append(max(0.0, now - mail.since))
+        return state
 
     @property
     def sent(self) -> int:
@@ -7792,7 +7805,19 @@ th,td{text-align:left;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(
 vertical-align:top}th{font-weight:500}tbody th{color:inherit;overflow-wrap:anywhere;
 min-width:8rem}.scroll{overflow-x:auto}
 .n{text-align:right;font-variant-numeric:tabular-nums}
-@media(max-width:40rem){dl{grid-template-columns:1fr 1fr}.wide{display:none}}
+header{display:flex;gap:1rem;justify-content:space-between;padding-bottom:.6rem;
+margin-bottom:.8rem;border-bottom:1px solid var(--line)}header a{color:inherit;
+font-weight:600;text-decoration:none}footer{margin-top:2rem}
+form{display:flex;flex-wrap:wrap;gap:.6rem;align-items:end;margin:.8rem 0}
+form a{align-self:center}label{flex:1 1 12rem;color:var(--dim);font-size:.83rem}
+input,select,textarea,button{font:inherit;color:var(--fg);background:var(--bg);
+padding:.35rem .6rem;border:1px solid var(--dim);border-radius:5px}
+input,select,textarea{display:block;width:100%;min-height:2.4rem}
+summary{color:var(--link);cursor:pointer}pre{background:var(--card);padding:.6rem .8rem;
+white-space:pre-wrap}.state.opened{color:var(--opened)}h1,p,.text{overflow-wrap:anywhere}
+.tags td:not(.text){white-space:nowrap}
+@media(max-width:40rem){dl{grid-template-columns:1fr 1fr}.wide{display:none}
+.tags td:not(.text):not(.n){white-space:normal}}
 @media print{body{max-width:none;padding:0}dl div,figure,tr{break-inside:avoid}}
 """
 
@@ -8210,6 +8235,1012 @@ def table_html(caption: str, heading: Sequence[str], rows: Iterable[Row]) -> str
 
 
 # -- dashboard: a page to look at, and its API -----------------------------------
+
+DASHBOARD_PORT = 56790
+LOGIN_SECONDS = 600.0          # in which a link to log in must be used
+SESSION_SECONDS = 30 * 86400.0
+NEVER = 9999999999.0           # when keys of the API expire
+MOST_HEAD = 16_000             # bytes; the cookies of all ports of this machine come
+MOST_BODY = 45_000
+REREAD_SECONDS = 2.0           # at least from one reading of the register to the next,
+REREAD_SHARE = 20              # and so many times the CPU seconds that it takes
+TOGETHER = 256                 # rows in one string: a million take 80 MB, not 500
+LOG_BLOCK = 4 << 20
+_ROW_END, _CELL_END = "\x1e", "\x1f"
+_CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but TAB, LF and CR
+
+
+class Keys:
+    """The dashboard's secret, and the tokens that are signed with it.
+
+    Of who is logged in nothing else is kept: delete the file, and nobody is.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def _secret(self) -> bytes:
+        with suppress(FileExistsError):
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(file, "wb") as out:
+                out.write(os.urandom(32).hex().encode())
+        with _opened(self._path) as file:
+            secret = os.read(file, 64)
+        if len(secret) < 64:
+            raise TrackerError(f"{self._path} is no key; delete it")
+        return secret
+
+    def token(self, purpose: str, until: float) -> str:
+        """Return what lets its bearer do something until then."""
+        import hmac
+
+        text = f"{purpose}.{until:.0f}"
+        digest = hmac.new(self._secret(), text.encode(), "sha256").hexdigest()
+        return f"{until:.0f}.{digest}"
+
+    def allows(self, token: str, purpose: str) -> bool:
+        """Tell whether a token is for a purpose, and not expired."""
+        from hmac import compare_digest
+
+        until, is_form = token[:10], re.fullmatch(r"[1-9]\d{9}\.[0-9a-f]{64}", token)
+        return bool(is_form and token.isascii() and int(until) > time.time()
+                    and compare_digest(self.token(purpose, int(until)).encode(),
+                                       token.encode()))
+
+
+class Problem(Exception):
+    """What is wrong with a request: a status, words for who sent it, headers."""
+
+    def __init__(self, status: int, detail: str = "", **headers: str) -> None:
+        super().__init__(status, detail, headers)
+
+
+class Ask(NamedTuple):
+    """A request to the dashboard."""
+
+    method: str
+    path: str
+    query: Sequence[Tuple[str, str]]
+    headers: Mapping[str, str]  # names in small letters
+    body: str
+
+
+def read_ask(received: bytes) -> Optional[Ask]:
+    """Return a request if all of it is there, else None; raise Problem (RFC 9112)."""
+    head, end, body = received.partition(b"\r\n\r\n")
+    line, _, rest = (head + b"\r\n").partition(b"\r\n")
+    if len(head) > MOST_HEAD:
+        raise Problem(431)
+    if not end:
+        return None
+    first = re.fullmatch(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.[01]", line)
+    headers: Dict[str, str] = {}
+    for name, value in re.findall(rb"([^:\n]+):([^\r]*)\r\n", rest):
+        key, text = name.decode("latin-1").lower(), value.strip().decode("latin-1")
+        headers[key] = f"{headers[key]}, {text}" if key in headers else text
+    length = headers.get("content-length", "0")
+    if not first or not _HEADERS.fullmatch(rest + b"\r\n") \
+            or "transfer-encoding" in headers or not re.fullmatch("[0-9]{1,9}", length):
+        raise Problem(400)
+    if int(length) > MOST_BODY:
+        raise Problem(413)
+    path, _, query = first[2].decode().partition("?")
+    body, is_whole = body[:int(length)], len(body) >= int(length)
+    return Ask(first[1].decode(), path, fields_of(query), headers,
+               body.decode("utf-8", "replace")) if is_whole else None
+
+
+def fields_of(text: str) -> List[Tuple[str, str]]:
+    """Return the names and values of a query or a form; raise Problem for too many."""
+    from urllib.parse import parse_qsl
+
+    try:
+        return parse_qsl(text, keep_blank_values=True, max_num_fields=500)
+    except ValueError:
+        raise Problem(400, "too many fields") from None
+
+
+class View:
+    """The tags as they were at one time, those with the newest activity first.
+
+    A row is a piece of text, many of them in one string; by number stand its state and
+    when it was sent.
+    """
+
+    def __init__(self, columns: List[str], rows: Iterator[Row], stories: Stories
+                 ) -> None:
+        from array import array
+
+        self.began, self.now, self.problem = time.monotonic(), time.time(), ""
+        self.stamps: Sequence[Stamp] = ()
+        self.columns, self.stories = list(map(cell_text, columns)), stories
+        self.states, self.since, latest = bytearray(), array("d"), array("d")
+        self._mail, self._id_at = mail_of(columns), columns.index("id")
+        self._blocks: List[str] = []
+        self._figures = {("", "", 0): Figures()}
+        count, now = self._figures["", "", 0].add, self.now
+        states = {state: number for number, state in enumerate(KINDS)}
+        last_hit = columns.index("last_hit")
+        for block in iter(lambda: list(islice(rows, TOGETHER)), []):
+            for row in block:
+                mail, story = self._read(row)
+                self.states.append(states[count(mail, story, now)])
+                self.since.append(mail.since)
+                when = seconds(row[last_hit]) if mail.hits else mail.since
+                latest.append(when if when == when else 0.0)
+            self._blocks.append(joined(block))
+        self._order = array("I", sorted(range(len(latest)), key=latest.__getitem__,
+                                        reverse=True))
+
+    def _read(self, row: Row) -> Tuple[Mail, Story]:
+        """Return what figures need; most rows have no story, so none is looked for."""
+        mail = self._mail(row)
+        return mail, self.stories.of(row[self._id_at]) \
+            if mail.hits or mail.opens or mail.status else NO_STORY
+
+    def rows(self, numbers: Iterable[int]) -> Iterator[Tuple[int, Row]]:
+        """Yield numbers with the cells of these rows."""
+        for at, group in groupby(numbers, lambda number: number // TOGETHER):
+            block = self._blocks[at].split(_ROW_END)
+            for number in group:
+                yield number, block[number % TOGETHER].split(_CELL_END)
+
+    def find(self, tag_id: str) -> Tuple[int, Row]:
+        """Return the number and the cells of a tag's row; raise Problem."""
+        for number, row in self.rows(self._with(tag_id)):
+            if row[self._id_at] == tag_id:
+                return number, row
+        raise Problem(404, "no such tag")
+
+    def _with(self, text: str) -> Iterator[int]:
+        """Yield the numbers of rows with a text, in any case."""
+        for at, block in enumerate(map(str.casefold, self._blocks)):
+            if text in block:
+                yield from (at * TOGETHER + n for n, row in enumerate(
+                    block.split(_ROW_END)) if text in row)
+
+    def chosen(self, q: str, state: str, days: int) -> Sequence[int]:
+        """Return the numbers of rows with a text, in a state, sent in so many days."""
+        from array import array
+
+        order, since, states = self._order, self.since, self.states
+        if q:
+            found = set(self._with(re.sub("[\x1e\x1f]", " ", q.casefold())))
+            order = array("I", (n for n in order if n in found))
+        if days:
+            first = self.now - days * 86400
+            order = array("I", (n for n in order if since[n] >= first))
+        if state:
+            wanted = [name for name, _, _ in KINDS.values()].index(state)
+            order = array("I", (n for n in order if states[n] == wanted))
+        return order
+
+    def figures(self, q: str, state: str, days: int) -> Figures:
+        """Return what those rows come to."""
+        found = self._figures.get((q, state, days))
+        if not found:
+            found = self._figures[q, state, days] = Figures()
+            for _, row in self.rows(sorted(self.chosen(q, state, days))):
+                found.add(*self._read(row), self.now)
+            while len(self._figures) > 20:
+                del self._figures[next(iter(self._figures))]
+        return found
+
+
+def joined(rows: Sequence[Row]) -> str:
+    """Return rows as one text; in their cells is no mark that parts them."""
+    text = _ROW_END.join(map(_CELL_END.join, rows))
+    if text.count(_ROW_END) + text.count(_CELL_END) < sum(map(len, rows)):
+        return text
+    return joined([[re.sub("[\x1e\x1f]", " ", cell) for cell in row] for row in rows])
+
+
+def stamps_of(files: Files) -> Sequence[Stamp]:
+    """Return which versions of register and log are there."""
+    return stamp_of(files.register), stamp_of(files.log)
+
+
+class Watch:
+    """Keep a View; when it is looked at, and old, another thread reads a newer one."""
+
+    def __init__(self, files: Files, say: Callable[[str], None]) -> None:
+        self._files, self._stories, self._due = files, Stories(files.log), 0.0
+        self._say = say
+        self._view = View([*OWN_COLUMNS], iter(()), self._stories)
+        self.reader = Background(self._read, say)
+        self._read()
+
+    def _read(self) -> None:
+        self.reader.waiting.clear()
+        files, view, problem = self._files, self._view, ""
+        began, spent, stamps = time.monotonic(), time.thread_time(), stamps_of(files)
+        try:
+            self._stories.look()
+            if any(map(os.path.exists, (*files.versions, files.log))):
+                view = View(*register_rows(files, self._say), self._stories)
+        except (TrackerError, OSError, UnicodeError) as error:
+            problem = files.shown(explain(error))
+        view.began, view.stamps, view.problem = began, stamps, problem
+        self._view, spent = view, time.thread_time() - spent
+        self._due = time.monotonic() + max(REREAD_SECONDS, REREAD_SHARE * spent)
+
+    def view(self, since: float = 0.0) -> View:
+        """Return the view, as new as half a second allows.
+
+        One that was begun before a monotonic time is waited out, for ten.
+        """
+        began, now = self._view.began, time.monotonic()
+        is_old = began < since or self._view.stamps != stamps_of(self._files)
+        if is_old and (since or now >= self._due):
+            self._due = float("inf")
+            self.reader.put(None)
+            while self._view.began <= max(began, since) \
+                    and time.monotonic() < now + (10 if since else 0.5):
+                time.sleep(0.005)
+        return self._view
+
+
+def log_page(path: str, cursor: str, limit: int, verdict: str
+             ) -> Tuple[List[Event], str]:
+    """Return the next events of a log behind a cursor, and the cursor behind those.
+
+    A cursor is an inode and an offset, so it outlives the file's name. Where there is
+    no such file the log is begun anew; not more is read at once than LOG_BLOCK.
+    """
+    inode, offset = map(int, cursor.split("-")) if "-" in cursor else (0, 0)
+    events: List[Event] = []
+    names = log_files(path)
+    inodes = [stamp_of(name).inode for name in names]
+    for name in names[inodes.index(inode) if inode in inodes else 0:]:
+        with suppress(FileNotFoundError), _opened(name) as file:
+            status = stamp_of(file)
+            if status.inode != inode or offset > status.size:
+                inode, offset = status.inode, 0
+            block = os.pread(file, LOG_BLOCK, offset)
+            for line in block.split(b"\n")[:-1]:  # where it begins amid one, no event
+                event = parse_event(line)
+                if event and verdict in ("", event.verdict):
+                    if len(events) == limit:
+                        return events, f"{inode}-{offset}"
+                    events.append(event)
+                offset += len(line) + 1
+            if len(block) == LOG_BLOCK or time.time() < status.mtime / 1e9 + SAVING:
+                break  # there is more, or may be: not all may know its new name
+    return events, f"{inode}-{offset}" if inode else "0"
+
+
+# What the states of tags are called by Figures, by the API, and on the page, where a
+# sign tells them apart as well.
+KINDS = {
+    "opened": ("opened", "●", "Opened"),
+    "hidden": ("cannot_be_known", "◌", "Cannot be known"),
+    "no hit": ("no_hit", "○", "No hit"),
+    "bounced": ("bounced", "✕", "Bounced"),
+    "unsent": ("not_sent", "·", "Not sent"),
+}
+
+_TEXT, _ANY_TEXT = {"type": ["string", "null"]}, {"type": "string", "maxLength": 1000}
+_MOMENT = {**_TEXT, "format": "date-time"}
+_FILTER: Dict[str, Any] = {
+    "q": {"type": "string", "maxLength": 200},
+    "state": {"type": "string", "enum": [name for name, _, _ in KINDS.values()]},
+    "days": {"type": "integer", "minimum": 1, "maximum": 36500}}
+_LIST: Dict[str, Any] = {
+    **_FILTER,
+    "limit": {"type": "integer", "minimum": 1, "maximum": 200, "default": 50},
+    "cursor": {"type": "string", "pattern": "^[0-9]{1,9}$", "default": "0"}}
+_LOG = {
+    "verdict": {"type": "string", "enum": [*OPENS, MACHINE, SELF, UNKNOWN]},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 100},
+    "cursor": {"type": "string", "pattern": "^(0|[0-9]{1,20}-[0-9]{1,18})$",
+               "default": "0"}}
+_TAG = {
+    "id": _TEXT, "name": _TEXT, "state": _FILTER["state"], "status": _TEXT,
+    **dict.fromkeys(COUNTS, {"type": "integer", "minimum": 0}),
+    **dict.fromkeys((*TIMES, "first_open", "clicked"), _MOMENT),
+    **dict.fromkeys(("email", "campaign", "variant", "tag", "url"), _TEXT),
+    "columns": {"type": "object", "additionalProperties": {"type": "string"}}}
+_EVENT = {
+    **dict.fromkeys(EVENT_COLUMNS, _TEXT), "time": _MOMENT,
+    **dict.fromkeys(COUNTS, {"type": ["integer", "null"]})}
+
+
+def _object(**properties: Any) -> Dict[str, Any]:
+    """Return the schema of an object that has these properties and no others."""
+    return {"type": "object", "properties": properties, "required": [*properties],
+            "additionalProperties": False}
+
+
+def _array(properties: Mapping[str, Any]) -> Dict[str, Any]:
+    return {"type": "array", "items": _object(**properties)}
+
+
+class Route(NamedTuple):
+    """What is answered where, by which method of Dashboard."""
+
+    method: str
+    path: str                       # with {id} for the id of a tag
+    run: str
+    schema: Mapping[str, Any] = {}  # of the answer; none for a page
+    given: Mapping[str, Any] = {}   # the schemas of parameters, or of a body's parts
+
+
+ROUTES = (
+    Route("GET", "/api/tags", "api_tags", _object(
+        data=_array(_TAG), next_cursor=_TEXT, total={"type": "integer"}), _LIST),
+    Route("POST", "/api/tags", "api_make", _object(**_TAG), {"name": _ANY_TEXT}),
+    Route("GET", "/api/tags/{id}", "api_tag", _object(**_TAG, events=_array(_EVENT))),
+    Route("DELETE", "/api/tags/{id}", "api_forget", {"type": "null"}),
+    Route("GET", "/api/events", "api_events", _object(
+        data=_array(_EVENT), next_cursor={"type": "string"}), _LOG),
+    Route("GET", "/api/stats", "api_stats", {"type": "object"}, _FILTER),
+    Route("GET", "/api/openapi.json", "api_description", {"type": "object"}),
+    Route("GET", "/health", "health", _object(status={"const": "ok"})),
+    Route("GET", "/", "list_page"),
+    Route("POST", "/new", "make"),
+    Route("GET", "/tag", "tag_page"),
+    Route("POST", "/tag", "edit"),
+    Route("GET", "/forget", "forget_page"),
+    Route("POST", "/forget", "forget"),
+)
+ALIASES = {"/api/tracks": "/api/tags", "/api/opens/recent": "/api/events"}
+SUCCESS = {"GET": "200", "POST": "201", "DELETE": "204"}
+
+
+def checked(pairs: Iterable[Tuple[str, Any]], schemas: Mapping[str, Any]
+            ) -> Dict[str, Any]:
+    """Return values by the very schemas that are published for them.
+
+    Raise Problem for a bad one, one that is not known, and one that comes twice.
+    """
+    values: Dict[str, Any] = {}
+    for name, value in pairs:
+        if name not in schemas or name in values:
+            raise Problem(422, f"no parameter {clean(name)}, or no second one")
+        values[name] = _by_schema(name, value, schemas[name])
+    return {**{name: schema.get("default", 0 if "minimum" in schema else "")
+               for name, schema in schemas.items()}, **values}
+
+
+def _by_schema(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
+    if schema["type"] == "integer":
+        low, high = schema["minimum"], schema["maximum"]
+        if re.fullmatch("[0-9]{1,9}", value) and low <= int(value) <= high:
+            return int(value)
+        raise Problem(422, f"{name}: say a number from {low} to {high}")
+    if not isinstance(value, str) or len(value) > schema.get("maxLength", 99) \
+            or not re.fullmatch(schema.get("pattern", "(?s:.*)").strip("^$"), value) \
+            or value not in schema.get("enum", [value]):
+        raise Problem(422, f"{name} is not "
+                      + " or ".join(schema.get("enum", ["of its form, or too long"])))
+    return value
+
+
+def description(url: str) -> Dict[str, Any]:
+    """Return what OpenAPI 3.1 says of the routes."""
+    def content(schema: Mapping[str, Any], kind: str = "json") -> Dict[str, Any]:
+        return {"content": {f"application/{kind}": {"schema": schema}}}
+
+    problem = {"description": "what is wrong (RFC 9457)", **content(
+        {"type": "object", "required": ["type", "title", "status", "detail"]},
+        "problem+json")}
+    paths: Dict[str, Any] = {}
+    for method, path, run, schema, given in ROUTES:
+        about = (getattr(Dashboard, run).__doc__ or "").rstrip(".")
+        told: Dict[str, Any] = {"summary": about, "responses": {
+            "default": problem, SUCCESS[method]: {
+                "description": about, **content(schema)}}}
+        told["parameters"] = [{"name": name, "in": "query", "schema": given[name]}
+                              for name in given if method == "GET"]
+        if "{id}" in path:
+            told["parameters"] = [{"name": "id", "in": "path", "required": True,
+                                   "schema": {"type": "string", "maxLength": 40}}]
+        if method == "POST":
+            told["requestBody"] = {"required": True, **content(_object(**given))}
+        if method == "DELETE":
+            del told["responses"]["204"]["content"]
+        if path == "/health":
+            told["security"] = []
+        if schema:
+            paths.setdefault(path, {})[method.lower()] = told
+    return {"openapi": "3.1.0",
+            "info": {"title": "mailtracker", "version": __version__},
+            "servers": [{"url": url.rstrip("/")}], "paths": paths,
+            "security": [{"key": []}], "components": {"securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"}}}}
+
+
+class Dashboard:
+    """Answer requests for the page and the API, as Tracker does for pixels."""
+
+    def __init__(self, files: Files, url: str, port: int, server: str, lines: Lines
+                 ) -> None:
+        from urllib.parse import urlsplit
+
+        self._files, self._url, self._lines, parts = files, url, lines, urlsplit(url)
+        self._keys, self.watch = Keys(files.key), Watch(files, lines.rarely)
+        self._base, self._cookie = parts.path.rstrip("/"), f"mailtracker-{port}"
+        self._path = f"{self._base}/{'; Secure' * (parts.scheme == 'https')}"
+        self._origins = {f"{parts.scheme}://{parts.netloc}", *(
+            f"http://{host}:{port}" for host in ("localhost", "127.0.0.1", "[::1]"))}
+        self._hosts = {origin.partition("://")[2] for origin in self._origins}
+        self._template = partial(tag_template, base_url(server or "localhost"),
+                                 "/{id}.gif")
+        self._settler, self._born = Settler(files), os.urandom(8)
+        self._links = Links(files.links)
+        self._refused = deque([0.0] * 10, 10)  # when tokens were, the last times
+
+    def respond(self, received: bytes, _: str) -> bytes:
+        """Return the answer to what a client has sent; b"" while more is to come."""
+        ask = None
+        try:
+            ask = read_ask(received)
+            if not ask:
+                return b""
+            reply = self._answer(ask)
+        except Problem as problem:
+            reply = self._problem(ask, *problem.args)
+        except (TrackerError, OSError) as error:
+            reply = self._problem(ask, 503, self._files.shown(explain(error)), {})
+        except Exception as error:  # whatever it is, the others are answered
+            self._lines.rarely(f"cannot answer: {error!r}")
+            reply = self._problem(ask, 500, "", {})
+        is_head = ask is not None and ask.method == "HEAD"
+        return b"".join(reply.partition(b"\r\n\r\n")[:2]) if is_head else reply
+
+    def flush(self) -> None:
+        """Do nothing: a change is made before it is answered."""
+
+    def tend(self) -> bool:
+        """Do nothing each second."""
+        return False
+
+    def _answer(self, ask: Ask) -> bytes:
+        """Return the answer to a request; raise Problem."""
+        if ask.headers.get("host", "").lower() not in self._hosts:
+            raise Problem(421, "by this name it is not reached; see --admin-url")
+        path = ask.path
+        if self._base and path.startswith(self._base + "/"):
+            path = path[len(self._base):]  # which a proxy may take away or not
+        for alias, name in ALIASES.items():
+            path = re.sub(f"^{alias}(?=/|$)", name, path)
+        if path == "/login":
+            return self._log_in(dict(ask.query).get("token", ""))
+        right = "read" if path == "/health" else self._right(ask)
+        route, tag_id = self._route(ask.method, path)
+        if right == "read" and route.method != "GET":
+            raise Problem(403, "this key may only read")
+        etag = self._etag(path, ask.query)
+        # With W/ before it, it has come through nginx's gzip.
+        known = re.split("[, ]+|W/", ask.headers.get("if-none-match", ""))
+        if route.method == "GET" and etag in known:
+            return http_answer(304, "", {"ETag": etag})
+        answer = getattr(self, route.run)(self._given(route, ask, tag_id))
+        status, body, headers = answer if isinstance(answer, tuple) else (
+            200, answer, {"ETag": etag})
+        return http_answer(status, body, headers)
+
+    def _route(self, method: str, path: str) -> Tuple[Route, str]:
+        """Return who answers, and the id in the path; raise Problem."""
+        found = {}
+        for route in ROUTES:
+            match = re.fullmatch(route.path.replace("{id}", "([^/]*)"), path)
+            if match:
+                found[route.method] = route, "".join(match.groups())
+        if not found:
+            raise Problem(404, "there is nothing here")
+        if "GET" in found:
+            found["HEAD"] = found["GET"]
+        if method not in found:
+            raise Problem(405, "", Allow=", ".join(found))
+        return found[method]
+
+    def _given(self, route: Route, ask: Ask, tag_id: str) -> Dict[str, Any]:
+        """Return what a request says: checked for the API, as it comes for a page."""
+        import json
+
+        if not route.schema:
+            return dict((*fields_of(ask.body), *ask.query))
+        pairs: Iterable[Tuple[str, Any]] = ask.query
+        if route.method == "POST":
+            kind = ask.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise Problem(415, "send application/json")
+            try:
+                told = json.loads(ask.body)
+            except (ValueError, RecursionError):
+                told = None
+            if not isinstance(told, dict) or {*route.given} - {*told}:
+                raise Problem(422, f"send an object with {', '.join(route.given)}")
+            pairs = [*told.items(), *ask.query]
+        return {**checked(pairs, route.given), "id": tag_id}
+
+    def _etag(self, path: str, query: Sequence[Tuple[str, str]]) -> str:
+        """Return what changes when the answer may: pages tell times by the minute."""
+        from hashlib import sha256
+
+        view = self.watch.view()
+        is_lasting = path.startswith("/api/") and not dict(query).get("days")
+        told = (self._born, view.began, view.problem, stamps_of(self._files),
+                0 if is_lasting else int(time.time()) // 60)
+        return f'"{sha256(repr(told).encode()).hexdigest()[:24]}"'
+
+    # who may do what
+
+    def _right(self, ask: Ask) -> str:
+        """Return what the sender of a request may do, "read" or "write"."""
+        how, _, token = ask.headers.get("authorization", "").partition(" ")
+        right = ""
+        if how.lower() == "bearer":
+            right = next((right for right in ("write", "read")
+                          if self._keys.allows(token.strip(), right)), "")
+        else:
+            found = re.search(rf"(?:^|[;,\s]){self._cookie}=([^;,\s]*)",
+                              ask.headers.get("cookie", ""))
+            token = found[1] if found else ""
+            right = "write" * self._keys.allows(token, "session")
+            # As in Go's http.CrossOriginProtection; what tells neither is no browser.
+            site = ask.headers.get("sec-fetch-site", "none" if ask.headers.get(
+                "origin") in (None, *self._origins) else "")
+            if right and ask.method not in ("GET", "HEAD") \
+                    and site not in ("none", "same-origin"):
+                raise Problem(403, "this came from another site")
+        return right or self._shut_out(token)
+
+    def _log_in(self, token: str) -> bytes:
+        if not self._keys.allows(token, "login"):
+            self._shut_out(token)
+        session = self._keys.token("session", time.time() + SESSION_SECONDS)
+        return http_answer(303, "", {"Location": "./", "Set-Cookie": (
+            f"{self._cookie}={session}; HttpOnly; SameSite=Lax; "
+            f"Max-Age={SESSION_SECONDS:.0f}; Path={self._path}")})
+
+    def _shut_out(self, token: str) -> str:
+        """Raise Problem; who guesses is heard ten times a second, and once a minute."""
+        if token:
+            self._lines.rarely("somebody has come with a token that is not good")
+            self._refused.append(time.monotonic())
+            if self._refused[0] > time.monotonic() - 1:
+                raise Problem(429, "too many of these", **{"Retry-After": "1"})
+        raise Problem(401, "not logged in", **{"WWW-Authenticate": "Bearer"})
+
+    def _problem(self, ask: Optional[Ask], status: int, detail: str,
+                 headers: Mapping[str, str]) -> bytes:
+        """Return the answer that says what is wrong: as JSON (RFC 9457), or a page."""
+        from http import HTTPStatus
+
+        title = "Log in" if status == 401 else HTTPStatus(status).phrase
+        if not ask or re.search("/api/|/health$", ask.path):
+            return http_answer(status, {"type": "about:blank", "title": title,
+                                        "status": status, "detail": detail}, headers)
+        words = LOGIN_HELP if status == 401 else escaped(detail)
+        return http_answer(status, html_page(title, f"<h1>{title}</h1><p>{words}"),
+                           headers)
+
+    # the API
+
+    def api_tags(self, given: Dict[str, Any]) -> Any:
+        """Tags, those with the newest activity first."""
+        view, first = self.watch.view(), int(given["cursor"])
+        numbers = view.chosen(given["q"], given["state"], given["days"])
+        last = first + given["limit"]
+        return {"data": [self._told(view, *found)
+                         for found in view.rows(numbers[first:last])],
+                "next_cursor": str(last) if last < len(numbers) else None,
+                "total": len(numbers)}
+
+    def _told(self, view: View, number: int, row: Row) -> Dict[str, Any]:
+        """Return what the API tells of a tag."""
+        cells = dict(zip(view.columns, map(cell_text, row)))
+        story = view.stories.of(cells["id"])
+        cells.update({column: time_in(cells.get(column, "")) for column in TIMES},
+                     first_open=utc_text(story.first) if story.first else "",
+                     clicked=utc_text(story.clicked) if story.clicked else "",
+                     state=[*KINDS.values()][view.states[number]][0], **{
+                         key: self._template(form).replace("{id}", cells["id"])
+                         for key, form in (("tag", "html"), ("url", "url"))})
+        return {**{key: cells.get(key) or None for key in _TAG},
+                **{column: int(cells[column]) for column in COUNTS},
+                "columns": {column: cells[column] for column in users(view.columns)}}
+
+    def api_tag(self, given: Dict[str, Any]) -> Any:
+        """A tag with its last events, the newest first, hits as judged by now."""
+        view, tag_id = self.watch.view(), given.get("id", "")
+        told = self._told(view, *view.find(tag_id))
+        events = [event for event in read_log(self._files.log, tag_id.encode())
+                  if event.id == tag_id]
+        return {**told, "events": [event_json(event) for event in [
+            *as_judged(events, self._links.find)][:-501:-1]]}
+
+    def api_events(self, given: Dict[str, Any]) -> Any:
+        """Events of all tags, the oldest first."""
+        events, cursor = log_page(self._files.log, given["cursor"], given["limit"],
+                                  given["verdict"])
+        return {"data": list(map(event_json, events)), "next_cursor": cursor}
+
+    def api_stats(self, given: Dict[str, Any]) -> Any:
+        """What tags come to; rates are fractions, half_opened_after is in seconds."""
+        return self.watch.view().figures(
+            given["q"], given["state"], given["days"]).as_json()
+
+    def api_description(self, _: Dict[str, Any]) -> Any:
+        """This description."""
+        return description(self._url)
+
+    def health(self, _: Dict[str, Any]) -> Any:
+        """Whether register and log can be read."""
+        problem = self.watch.view().problem
+        if problem:
+            raise Problem(503, problem)
+        return {"status": "ok"}
+
+    def api_make(self, given: Dict[str, Any]) -> Any:
+        """Make a tag."""
+        tag_id, = new_ids(os.urandom(32))
+        view = self._change(add_tags, self._files, [(tag_id, one_line(given["name"]))],
+                            Making(utc_text(time.time())))
+        return 201, self._told(view, *view.find(tag_id)), {
+            "Location": f"{self._base}/api/tags/{tag_id}"}
+
+    def api_forget(self, given: Dict[str, Any]) -> Any:
+        """Forget a tag, with all that is known of it."""
+        self.watch.view().find(given["id"])
+        self._change(forget_tags, self._files, {given["id"]})
+        return 204, "", {}
+
+    def _change(self, how: Callable[..., object], *what: Any) -> View:
+        """Change register and log; return what they are then."""
+        how(*what)
+        return self.watch.view(since=time.monotonic())
+
+    # the pages
+
+    def list_page(self, given: Dict[str, Any]) -> Any:
+        """Show figures, and the tags that a filter leaves: lenient, unlike the API."""
+        from urllib.parse import urlencode
+
+        view, wanted = self.watch.view(), checked((), _LIST)
+        for name in {*given}.intersection(_LIST):
+            with suppress(Problem):
+                wanted[name] = _by_schema(name, given[name], _LIST[name])
+        if "days" not in given:
+            wanted["days"] = 30 if len(view.chosen("", "", 30)) else 0
+        q, state, days, _, first = wanted.values()
+        figures, told = view.figures(q, "", days), self.api_tags(wanted)
+        last = int(first) + len(told["data"])
+        query = {"q": q, "state": state, "days": days, "cursor": told["next_cursor"]}
+        tags = TAGS_HTML.format(
+            caption=f"{int(first) + 1} to {last} of {plural(told['total'], 'tag')}",
+            older=f'<a href="./?{escaped(urlencode(query))}">Older &rsaquo;</a>'
+            if told["next_cursor"] else "",
+            rows="".join(row_html(tag, view.now) for tag in told["data"]))
+        spans = {n: f"{n} days" for n in sorted({7, 30, 90, 365, days} - {0})}
+        return html_page(f"{figures.states['opened']} opened", LIST_HTML.format(
+            news=self._news(view), q=escaped(q), caution=CAUTION, figures="".join(
+                (share_chart(figures), cards_html(figures), days_chart(view)))
+            if view.states else "",
+            days=options_html(days, {**spans, 0: "all time"}),
+            states=options_html(state, {"": "All states", **{
+                name: words for name, _, words in KINDS.values()}}),
+            tags=tags if told["data"] else NO_MATCH * bool(view.states)),
+            self._foot(view))
+
+    def _news(self, view: View) -> str:
+        """Return in a sentence what is new, or wrong."""
+        recent = sum(hits_in(view, hour)[1] for hour in range(24))
+        newest = view.figures("", "", 0).last_open
+        if view.problem:
+            return f"<h1>{escaped(view.problem)}</h1><p>This is from {clock(view.now)}."
+        if not view.states:
+            return NO_TAG
+        more = f"The newest {time_html(newest, view.now)}." if newest else NO_HIT
+        if not log_files(self._files.log):
+            more = "There is no event log, so these are counts only."
+        elif view.stamps != stamps_of(self._files) and time.time() > view.now + 10:
+            more += f" As of {clock(view.now)}."
+        return f"<h1>{plural(recent, 'open')} in the last 24 hours</h1><p>{more}"
+
+    def _foot(self, view: View) -> str:
+        return (f"{os.path.basename(self._files.register)}, "
+                f"{plural(len(view.states), 'tag')}. Times are in this machine's zone, "
+                f"{time.strftime('%Z')}; point at one for UTC.")
+
+    def tag_page(self, given: Dict[str, Any]) -> Any:
+        """Show one tag with its history."""
+        from html import escape
+
+        view, told = self.watch.view(), self.api_tag(given)
+        texts = {"name": told["name"] or "", **told["columns"]}
+        fields = "".join(FIELD_HTML.format(
+            column=escaped(column), text=escape(_CONTROL.sub(" ", text_in(text))),
+            rows=1 + min(5, text.count("\n") + len(text) // 80))
+            for column, text in texts.items())
+        return html_page(called(told)[:80], TAG_HTML.format(
+            called=escaped(called(told)[:1000]), story=story_html(told, view.now),
+            strip=strip_html(told), history=history_html(told["events"]),
+            caution=CAUTION,
+            fields=fields, made=", ".join(
+                f"{word} {time_html(told[key])}" for word, key in (
+                    ("Made", "created"), ("sent", "sent")) if told[key]),
+            **as_html(told)), self._foot(view))
+
+    def forget_page(self, given: Dict[str, Any]) -> Any:
+        """Ask whether to forget a tag."""
+        told = self.api_tag(given)
+        return html_page("Forget?", FORGET_HTML.format(
+            called=escaped(called(told)[:1000]), **as_html(told)))
+
+    def make(self, given: Dict[str, Any]) -> Any:
+        """Make a tag, and show it."""
+        _, told, _ = self.api_make({"name": given.get("name", "")[:1000]})
+        return 303, "", {"Location": f"tag?id={told['id']}"}
+
+    def edit(self, given: Dict[str, Any]) -> Any:
+        """Change those texts of a tag that are no longer what the form had."""
+        texts = {}
+        for field, text in given.items():
+            if field.startswith("new ") and text != given.get(f"was {field[4:]}"):
+                texts[field[4:]] = one_line(text) if field == "new name" \
+                    else _CONTROL.sub(" ", text.replace("\r\n", "\n"))
+        if texts:
+            self._change(edit_tag, self._settler, given.get("id", ""), texts)
+        return 303, "", {"Location": f"tag?id={escaped(given.get('id', ''))}"}
+
+    def forget(self, given: Dict[str, Any]) -> Any:
+        """Forget a tag."""
+        self.api_forget({"id": given.get("id", "")})
+        return 303, "", {"Location": "./"}
+
+
+def event_json(event: Event) -> Dict[str, Any]:
+    """Return what the API tells of an event."""
+    return {column: None if value == "" else value
+            for column, value in event._asdict().items()}
+
+
+def http_answer(status: int, body: Any, headers: Mapping[str, str]) -> bytes:
+    """Return a whole response; what is no text is told as JSON."""
+    import json
+    from http import HTTPStatus
+
+    kind = "text/html; charset=utf-8" if isinstance(body, str) else \
+        "application/json" if status < 400 else "application/problem+json"
+    data = (body if isinstance(body, str) else json.dumps(body)).encode(
+        "utf-8", "replace")
+    lines = {"Content-Type": kind, "Content-Length": len(data), **page_headers(),
+             **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{head}\r\n".encode(
+        "latin-1", "replace") + data
+
+
+@lru_cache(maxsize=1)
+def page_headers() -> Dict[str, str]:
+    """Return the headers of all answers: no script or style but ours may ever run."""
+    from hashlib import sha256
+
+    script, style = (b2a_base64(sha256(text.encode()).digest()).decode().strip()
+                     for text in (SCRIPT, STYLE))
+    return {
+        "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{script}'; "
+        f"style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+        "Cross-Origin-Opener-Policy": "same-origin", "Connection": "close"}
+
+
+def html_page(title: str, main: str, foot: str = "") -> str:
+    """Return a page of the dashboard; main is HTML."""
+    return page_html(f"{title} - Mail tracker", PAGE_HTML.format(
+        main=main, foot=escaped(foot), script=SCRIPT), ICON)
+
+
+def users(columns: Sequence[str]) -> List[str]:
+    """Return the columns that are the user's own."""
+    return [c for c in columns if c not in OWN_COLUMNS and c not in LATER_COLUMNS]
+
+
+def clock(when: float, form: str = "%H:%M:%S") -> str:
+    """Return a time in this machine's zone."""
+    return escaped(time.strftime(form, time.localtime(when)))
+
+
+def time_html(text: str, now: float = 0.0) -> str:
+    """Return a time, or how long ago that was; UTC is seen on pointing at it."""
+    when = seconds(text)
+    if when != when:
+        return ""
+    words = clock(when, "%d %b %Y" if now else "%d %b %Y %H:%M")
+    if now < when + 30 * 86400 and now:
+        words = f"{lasting(now - when)} ago" if now > when + 60 else "just now"
+    return f'<time datetime="{text}" title="{clock(when, "%d %b %Y %X %Z")}, {text}">' \
+        f"{words}</time>"
+
+
+def called(told: Mapping[str, Any]) -> str:
+    """Return what a person knows a tag by."""
+    names = told["name"], told["email"]
+    return ", ".join(filter(None, names)) or short(told["id"], 1)
+
+
+def as_html(told: Mapping[str, Any], now: float = 0.0) -> Dict[str, str]:
+    """Return what the API tells of something as HTML; times as how long ago, or not."""
+    return {key: time_html(value, now) if _TIME.fullmatch(str(value))
+            else "" if value is None else escaped(str(value))
+            for key, value in told.items()}
+
+
+def options_html(chosen: object, choices: Mapping[Any, str]) -> str:
+    """Return the choices of a form, one of them chosen."""
+    return "".join(f'<option value="{value}"{" selected" * (value == chosen)}>{words}'
+                   for value, words in choices.items())
+
+
+def hits_in(view: View, hours_ago: int) -> Sequence[int]:
+    """Return the hits that are no opens, and the opens, of an hour."""
+    hour = utc_text(view.now - 3600 * hours_ago)[:13]
+    return view.stories.hours.get(hour, (0, 0))
+
+
+def days_chart(view: View) -> str:
+    """Return a column for each of the last 30 days: its opens before all its hits."""
+    days: Dict[str, Tuple[int, int]] = {}
+    for hour in reversed(range(30 * 24)):
+        others, opens = hits_in(view, hour)
+        day = clock(view.now - 3600 * hour, "%d %b")
+        before = days.get(day, (0, 0))
+        days[day] = before[0] + opens, before[1] + others
+    return columns_chart([(day, *hits) for day, hits in days.items()],
+                         "Opens of all tags by day, below other hits", "other hits")
+
+
+def state_html(told: Mapping[str, Any]) -> str:
+    """Return the state of a tag as a sign and words."""
+    state, status = told["state"], told["status"] or ""
+    sign, words = next(kind[1:] for kind in KINDS.values() if kind[0] == state)
+    words += " by a person" * (state == "no_hit" and told["hits"] > 0)
+    if status not in ("", "sent", state):
+        words = status.capitalize() if state == "not_sent" else f"{words}, {status}"
+    return f'<span class="state {state}">{sign}</span> {escaped(words)}'
+
+
+def row_html(told: Mapping[str, Any], now: float) -> str:
+    """Return a row of the table of tags."""
+    when = time_html(told["sent"] or told["created"] or "", now)
+    name = escaped(cut(called(told), 120))
+    return ROW_HTML.format(sign=state_html(told), called=name, when=when,
+                           **as_html(told, now))
+
+
+def story_html(told: Mapping[str, Any], now: float) -> str:
+    """Return in a sentence what is known of a tag."""
+    first, sent = seconds(told["first_open"] or ""), told["sent"] or told["created"]
+    after = first - seconds(sent or "")
+    facts = [plural(told["opens"], "open") * (told["opens"] > 0),
+             f"first {lasting(after)} after it was {'sent' if told['sent'] else 'made'}"
+             if after >= 0 else "",
+             *(f"{word} {time_html(told[key], now)}" for word, key in (
+                 ("last", "last_open"), ("clicked", "clicked")) if told[key]),
+             f"{plural(told['hits'], 'hit')} in all" * (told["hits"] > 0)]
+    return ": ".join(filter(None, (state_html(told), ", ".join(filter(None, facts)))))
+
+
+def strip_html(told: Mapping[str, Any]) -> str:
+    """Return the hits of a tag on an axis of time since sending."""
+    since = seconds(told["sent"] or told["created"] or "")
+    hits = [(seconds(event["time"]) - since, event["verdict"] or "")
+            for event in told["events"][:200] if event["event"] in ("hit", "clicked")]
+    return strip_chart((age, "opened" if verdict in OPENS else "none",
+                        f"{verdict}, after {lasting(age)}")
+                       for age, verdict in hits if age == age) if hits else ""
+
+
+def history_html(events: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of events."""
+    rows = ""
+    for told in events:
+        _, why = words(Event(**{**told, "reason": told["reason"] or ""}), REASONS)
+        rows += EVENT_HTML.format(why=escaped(why.partition("clicked: ")[2] or why),
+                                  **as_html({**told, "detail": cut(
+                                      told["detail"] or "", 200)}))
+    return HISTORY_HTML.format(rows=rows) if rows else NO_EVENT
+
+
+ICON = """<link rel=icon href="data:image/svg+xml,%3Csvg
+xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='50%25' cy='50%25' r='45%25'
+fill='%232f6fd0'/%3E%3C/svg%3E">"""
+PAGE_HTML = """<header><a href="./">Mail tracker</a> <span id=line role=status></span>
+</header><main>{main}</main><footer class="note dim">{foot}</footer><script>{script}\
+</script>"""
+LOGIN_HELP = """This prints a link that lets you in, on the machine with the register:
+<pre>python3 mailtracker.py dashboard --link</pre>"""
+LIST_HTML = """<div id=news data-live>{news}</div><div id=figures data-live>{figures}
+</div><form><label>Name, id or any other cell <input type=search name=q
+value="{q}"></label><label>State <select name=state>{states}</select></label><label>Sent
+within <select name=days>{days}</select></label><button>Show</button></form><div id=tags
+data-live>{tags}</div><details><summary>New tag</summary><form method=post
+action=new><label>What you will know it by <input name=name maxlength=1000
+autocomplete=off></label><button>Make it</button></form></details><p class="note
+dim">{caution}"""
+NO_TAG = """<h1>No tag yet</h1><p>Make one below, or on the machine with the register:
+<pre>python3 mailtracker.py newtag --name john --server t.example.org</pre><p>This page
+shows it without being reloaded."""
+NO_MATCH = '<p>No tag is like that. <a href="./?days=0">Show all tags</a>'
+NO_HIT = """Nothing has opened any of them; <code>mailtracker.py doctor</code> tells
+whether anything could."""
+TAGS_HTML = """<table class=tags><caption>{caption}, newest activity first</caption>
+<thead><tr><th scope=col>Name<th scope=col>State<th scope=col class=n>Opens<th scope=col
+class=wide>Last open<th scope=col class=wide>Sent<tbody>{rows}</table><p>{older}"""
+ROW_HTML = """<tr><th scope=row><a id=t-{id} href="tag?id={id}">{called}</a><td>{sign}
+<td class=n>{opens}<td class=wide>{last_open}<td class=wide>{when}"""
+TAG_HTML = """<p><a href="./">&lsaquo; All tags</a><h1>{called}</h1><div id=tag
+data-live><p>{story}<p class=dim>{made}. Id <code>{id}</code>{strip}{history}</div>
+<form><label>Tag, to paste into a mail <input readonly value="{tag}"></label><button
+type=button class=copy hidden>Copy</button></form><details><summary>Edit</summary><form
+method=post action="tag?id={id}">{fields}<button>Save</button></form><p class=dim>A
+column that you add to the register appears here.</details><p><a
+href="forget?id={id}">Forget this tag&hellip;</a><p class="note dim">{caution}"""
+FIELD_HTML = """<input type=hidden name="was {column}" value="{text}"><label>{column}
+<textarea name="new {column}" rows={rows}>\n{text}</textarea></label>"""
+HISTORY_HTML = """<table class=tags><caption>What happened, the newest first</caption>
+<thead><tr><th scope=col>When<th scope=col>What<th scope=col>Why<th scope=col
+class=wide>Network<th scope=col class=wide>Detail<tbody>{rows}</table>"""
+EVENT_HTML = """<tr><td>{time}<td>{event} {verdict}<td class=text>{why}<td
+class=wide>{address}<td class="wide text">{detail}"""
+NO_EVENT = "<p>Nothing of this tag is in the event log."
+FORGET_HTML = """<h1>Forget {called}?</h1><p>Its row, its hits ({hits}) and all else
+that is known of it go for good, from the backup and the log as well. Its pixel is still
+answered, but nothing is counted any more.<form method=post action="forget?id={id}">
+<button>Forget it</button> <a href="tag?id={id}">Keep it</a></form>"""
+
+SCRIPT = """
+const line = document.getElementById('line'), live = '[data-live]';
+let known = null, lost = false, timer = 0;
+function show(page) {
+  const focus = document.activeElement.id;
+  for (const old of document.querySelectorAll(live)) {
+    const fresh = page.getElementById(old.id);
+    if (fresh && fresh.innerHTML != old.innerHTML)
+      old.replaceChildren(...fresh.childNodes);
+  }
+  if (focus) document.getElementById(focus)?.focus({preventScroll: true});
+  document.title = page.title;
+}
+async function look() {
+  clearTimeout(timer);
+  try {
+    const answer = await fetch(location.href), etag = answer.headers.get('ETag');
+    if (answer.status == 401) throw 'Logged out: reload this page';
+    if (!answer.ok) throw 'This page is no longer there';
+    if (etag != known && getSelection().type != 'Range') {
+      show(new DOMParser().parseFromString(await answer.text(), 'text/html'));
+      known = etag;
+    }
+    if (lost) line.textContent = '';
+    lost = false;
+  } catch (wrong) {
+    if (!lost) line.textContent = wrong instanceof TypeError ?
+      'Connection lost at ' + new Date().toLocaleTimeString() : wrong;
+    lost = true;
+  }
+  timer = setTimeout(look, document.hidden ? 30000 : 2000);
+}
+if (document.querySelector(live)) {
+  timer = setTimeout(look, 2000);
+  document.addEventListener('visibilitychange', () => document.hidden || look());
+}
+for (const button of document.querySelectorAll('.copy')) {
+  const text = button.form.querySelector('input').value;
+  button.hidden = false;
+  button.onclick = async () => {
+    const as = type => new Blob([text], {type});
+    await navigator.clipboard.write([new ClipboardItem(
+      {'text/html': as('text/html'), 'text/plain': as('text/plain')})]);
+    line.textContent = 'Copied';
+  };
+}
+"""
 
 
 # -- notices: the log is their queue ---------------------------------------------
@@ -10333,6 +11364,93 @@ def add_notify(commands: Any) -> None:
         help="who the mail is from (default: whom it is to)")
 
 
+def cmd_dashboard(options: argparse.Namespace) -> int:
+    """Show register and log as a page in a browser, and as JSON."""
+    files, port = Files(options.register, options.events), options.port
+    keys = Keys(files.key)
+    if options.keys:
+        return print_lines(f"{right:5} {keys.token(right, NEVER)}"
+                           for right in ("read", "write"))
+    if options.link and not port:
+        options.parser.error("--link: say at which --port")
+    if options.link:
+        return print_lines([login_link(keys, dashboard_url(options, port))])
+    with make_listener(options.host, port) as listener, ExitStack() as stack:
+        lines, signals, _ = begin(options)
+        stack.enter_context(lines)
+        port = listener.getsockname()[1]
+        url = dashboard_url(options, port)
+        dashboard = Dashboard(files, url, port, options.server, lines)
+        stack.enter_context(dashboard.watch.reader)
+        server = PixelServer(listener, dashboard, lines)
+        greet(listener, lines, f"showing {options.register} on http://",
+              "; dashboard --link prints a link that lets you in")
+        if sys.stdout.isatty():
+            print(login_link(keys, url), flush=True)
+        if options.open:
+            stack.enter_context(opened_in_browser(files.key, login_link(keys, url)))
+        server.serve(signals)
+    return 0
+
+
+def dashboard_url(options: argparse.Namespace, port: int) -> str:
+    """Return where a browser finds the dashboard."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return str(options.admin_url or f"http://{host}:{port}/")
+
+
+def login_link(keys: Keys, url: str) -> str:
+    """Return a link that lets its reader in, for some minutes."""
+    return f"{url}login?token={keys.token('login', time.time() + LOGIN_SECONDS)}"
+
+
+@contextmanager
+def opened_in_browser(path: str, link: str) -> Iterator[None]:
+    """Open a link by way of a file: on a command line all could read its token."""
+    import webbrowser
+
+    path += ".html"
+    _remove(path)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(file, "w", encoding="ascii") as out:
+            out.write(f'<meta http-equiv="refresh" content="0;url={link}">')
+        webbrowser.open(f"file://{path}")
+        yield
+    finally:
+        _remove(path)
+
+
+def _loopback(text: str) -> str:
+    if not is_loopback(text):
+        raise ValueError
+    return text
+
+
+def _admin_url(text: str) -> str:
+    return base_url(matching("https?://.*", text)[0]) + "/"
+
+
+def add_dashboard(commands: Any) -> None:
+    """Add the options of the dashboard."""
+    parser = add_command(commands, cmd_dashboard, "--open")
+    parser.set_defaults(logfile="", daemon=False)
+    add = parser.add_argument
+    add("--host", metavar="ADDRESS", default="127.0.0.1", type=argument(
+        _loopback, "an address of this machine alone, such as 127.0.0.1; from "
+        "elsewhere come by ssh -L or a proxy"),
+        help="listen on this address of this machine's own (default: %(default)s)")
+    add("--port", type=number_in(0, 65535), default=DASHBOARD_PORT,
+        help="listen on this port (default: %(default)s; 0 takes a free one)")
+    add("--admin-url", metavar="URL", type=argument(
+        _admin_url, "a URL such as https://t.example.org/mail/"),
+        help="where a proxy in front of it can be reached")
+    add_pixel_server(add)
+    add("--open", action="store_true", help="open it in a browser")
+    add("--link", action="store_true", help="print a link that lets you in, and end")
+    add("--keys", action="store_true", help="print the keys of the API, and end")
+
+
 def cmd_server(options: argparse.Namespace) -> int:
     """Serve pixels and count their hits."""
     files = Files(options.register, options.events)
@@ -10409,8 +11527,8 @@ def check_paths(options: argparse.Namespace) -> None:
     tls_cert, tls_key, logfile, pidfile = (
         getattr(options, name, "") for name in ("tls_cert", "tls_key", "logfile",
                                                 "pidfile"))
-    taken = [files.register, files.bak, files.old, files.new, files.lock, files.orig,
-             files.links, tls_cert, tls_key]
+    taken = [*files.versions, files.new, files.lock, files.orig, files.key, files.links,
+             tls_cert, tls_key]
     for option, path, ours in (("--events", files.log, rb"(time|[\d,\s\0]).*"),
                                ("--logfile", logfile, rb"\d{4}-\d\d-.*"),
                                ("--pidfile", pidfile, rb"\d+\s*")):
@@ -10499,6 +11617,8 @@ RULES = (
     ("forget", "--older-than", "goes without", "TAGS"),
     ("forget", "--yes", "goes without", "--dry-run"),
     ("settle", "--rotate-events", "needs", "--worker"),
+    ("dashboard", "--link", "goes without", "--keys --open --server"),
+    ("dashboard", "--keys", "goes without", "--open --server --admin-url"),
 )
 GONE = {
     "--no-events": "the log is what counts; to keep little in it, "
@@ -10521,7 +11641,7 @@ def build_parser() -> argparse.ArgumentParser:
                         version=f"mailtracker {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for add in (add_server, add_newtag, add_send, add_relay, add_dump, add_report,
-                add_notify, add_scan, add_doctor, add_others):
+                add_dashboard, add_notify, add_scan, add_doctor, add_others):
         add(commands)
     parser.set_defaults(commands=commands.choices)
     return parser

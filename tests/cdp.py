@@ -9,6 +9,7 @@ import base64
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -31,6 +32,10 @@ os.execv(sys.argv[3], sys.argv[3:])"""
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
     --disable-background-networking --disable-component-update --disable-sync
     --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe""".split()
+
+
+class Gone(AssertionError):
+    """A page was left while it was asked something."""
 
 
 class Browser:
@@ -68,7 +73,10 @@ class Browser:
         while True:
             for said in self._messages(deadline, method):
                 if said.get("id") == number:
-                    assert "error" not in said, f"{method}: {said['error']}"
+                    wrong = said.get("error", {}).get("message", "")
+                    if re.search("navigated|context", wrong):
+                        raise Gone(wrong)
+                    assert "error" not in said, f"{method}: {wrong}"
                     return said["result"]
 
     def _messages(self, deadline, method):
@@ -81,14 +89,15 @@ class Browser:
                 page.hear(said["method"], said["params"])
             yield said
 
-    def page(self):
-        """Open a tab that shares nothing with any other."""
-        context = self.call("Target.createBrowserContext")["browserContextId"]
-        target = self.call("Target.createTarget", url="about:blank",
+    def page(self, beside=None):
+        """Open a tab; it shares cookies and connections only with those beside it."""
+        context = beside.context if beside else self.call(
+            "Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", newWindow=True,
                            browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target,
                             flatten=True)["sessionId"]
-        self._pages[session] = page = Page(self, session)
+        self._pages[session] = page = Page(self, session, context)
         for domain in ("Page", "Runtime", "Network", "Log"):
             page.call(f"{domain}.enable")
         return page
@@ -97,8 +106,8 @@ class Browser:
 class Page:
     """One tab: messages is what its console said, requests the URLs it asked for."""
 
-    def __init__(self, browser, session):
-        self._browser, self._session = browser, session
+    def __init__(self, browser, session, context):
+        self._browser, self._session, self.context = browser, session, context
         self.messages, self.requests = [], []
 
     def call(self, method, **parameters):
@@ -128,11 +137,18 @@ class Page:
 
     def until(self, code, seconds=10):
         """Return the first true value of some script; fail after so many seconds."""
-        deadline = time.monotonic() + seconds
-        while not (value := self.evaluate(code)):
+        deadline, value = time.monotonic() + seconds, None
+        while not value:
             assert time.monotonic() < deadline, f"not within {seconds} s: {code}"
-            time.sleep(0.03)
+            with suppress(Gone):
+                value = self.evaluate(code)
+            time.sleep(0.03 * (not value))
         return value
+
+    def click(self, selector):
+        """Click on something, which may lead elsewhere."""
+        with suppress(Gone):
+            self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
 
     def look(self, width=1100, height=800, dark=False):
         """Have a window of this size, and a wish for dark pages or not."""
