@@ -5875,11 +5875,13 @@ class Plan:
     def __init__(self, files: Files, mailing: Mailing, people: Iterable[Recipient],
                  options: argparse.Namespace) -> None:
         self._files, self._mailing, self._options = files, mailing, options
+        self._log = Follower(files.log, end_of_log(files.log))
         is_new = not any(map(os.path.exists, (*files.versions, files.log)))
         columns, rows = ([], iter(())) if is_new else register_rows(files)
         mails = (dict(zip(columns, row)) for row in rows)
         self._mails = {mail["id"]: mail for mail in mails if mail.get("email")}
-        known, barred = self._campaign(mailing.campaign), self._all_barred()
+        known = self._campaign(mailing.campaign)
+        barred = self._barred = self._all_barred()
         followed = self._followed() if options.followup_to else None
         self.mails: List[Recipient] = []  # to be sent
         self.done: List[str] = []         # ids of those that went before
@@ -5900,6 +5902,8 @@ class Plan:
             else:
                 self.unknown[tag_id] = who
         self.mails = self.mails[:options.limit]
+        self._keys = {tag_id: key for key, tag_id in self._by_key(self._mails).items()}
+        self._keys.update((who.id, who.key) for who in self.mails)
 
     def _events(self, kind: str) -> Set[Tuple[str, str]]:
         """Return id and detail of all events of a kind."""
@@ -5934,6 +5938,19 @@ class Plan:
             tag_id for tag_id, mail in self._mails.items()
             if mail.get("status") == "unsubscribed"
             or mail.get("status") == "bounced" and tag_id not in others)
+
+    def is_barred(self, who: Recipient) -> bool:
+        """Tell whether somebody has unsubscribed, or no such mailbox, by now."""
+        self._log.look()
+        while True:
+            news = [event for _, event in self._log.news()]
+            if not news:
+                return who.key in self._barred
+            for event in news:
+                if event.id in self._keys and (
+                        event.event == "unsubscribed" or event.event == "bounced"
+                        and event.detail.startswith("hard:")):
+                    self._barred[self._keys[event.id]] = event.id
 
     def _followed(self) -> Dict[str, str]:
         """Return by key the Message-IDs of the mails that are to be followed."""
@@ -6006,19 +6023,22 @@ def judged(reply: Reply) -> str:
 class Delivery:
     """Hand the mails of a mailing to a smarthost, one after the other.
 
-    pause waits so many seconds and tells whether to stop; period is the time from one
-    mail to the next. words say what made it end early.
+    is_barred tells who is to be left out by now; pause waits so many seconds and tells
+    whether to stop; period is the time from one mail to the next. words say what made
+    it end early.
     """
 
     def __init__(self, files: Files, mailing: Mailing, smarthost: Smarthost,
+                 is_barred: Callable[[Recipient], bool],
                  pause: Callable[[float], bool], period: float = 0.0,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._files, self._mailing, self._smarthost = files, mailing, smarthost
+        self._is_barred = is_barred
         self._pause, self._period, self._clock = pause, period, clock
         self._began = self._told = clock()
         self._has_worked, self._trouble, self._refused = False, 0, 0
         self.words = ""
-        self.count = {"sent": 0, "failed": 0, "unknown": 0}
+        self.count = {"sent": 0, "failed": 0, "unknown": 0, "skipped": 0}
 
     def run(self, mails: Sequence[Recipient]) -> int:
         """Send what can be sent; return how many mails are left."""
@@ -6048,6 +6068,10 @@ class Delivery:
             now = utc_text(time.time())
             append_events(self._files, [Event(now, kind, who.id, detail=detail)])
 
+        if self._is_barred(who):
+            log("skipped", self._mailing.campaign)
+            self.count["skipped"] += 1
+            return "skipped"
         reply = self._mailing.hand_over(self._smarthost, who, lambda: log("sending"))
         outcome = judged(reply)
         if outcome in ("sent", "failed"):
@@ -10543,8 +10567,10 @@ def send_all(files: Files, mailing: Mailing, people: Sequence[Recipient],
         if held < 0:
             raise TrackerError(f"another send is at the campaign {mailing.campaign}")
         try:
-            return carry_out(Plan(files, mailing, people, options), Delivery(
-                files, mailing, smarthost_of(options), pause, options.rate), files)
+            plan = Plan(files, mailing, people, options)
+            return carry_out(plan, Delivery(
+                files, mailing, smarthost_of(options), plan.is_barred, pause,
+                options.rate), files)
         finally:
             os.unlink(path)
 
@@ -10562,9 +10588,10 @@ def carry_out(plan: Plan, delivery: Delivery, files: Files) -> int:
         left = delivery.run(plan.mails)
     finally:
         worker.stop()
-    sent, failed, unknown = delivery.count.values()
+    sent, failed, unknown, skipped = delivery.count.values()
     print(f"{sent} sent, {failed} failed, {left} left of {len(plan.mails)}"
-          + f"; {unknown} may or may not have gone" * bool(unknown))
+          + f"; {unknown} may or may not have gone" * bool(unknown)
+          + f"; {skipped} skipped: no more mail wanted, or no mailbox" * bool(skipped))
     if left:
         note(f"{delivery.words or 'the smarthost has put them off'}; "
              f"to go on: {join(sys.argv)}")

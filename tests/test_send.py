@@ -354,6 +354,32 @@ def test_who_unsubscribed_or_has_no_mailbox_is_skipped_everywhere(
         [(tags["ann"], "next"), (tags["bob"], "next")])
 
 
+@pytest.mark.parametrize("kind, detail, skipped", [
+    ("unsubscribed", "", True), ("bounced", "hard: 550 no", True),
+    ("bounced", "soft: 452 full", False), ("replied", "", False)])
+@pytest.mark.parametrize("campaign", ["a", "earlier"])
+def test_who_unsubscribes_while_a_mailing_runs_gets_no_mail_of_it(
+        campaign, kind, detail, skipped, send, host, files):
+    if campaign == "earlier":
+        send("--campaign", "earlier")
+
+    def tell(stage, _):
+        if stage == "dot" and not told:  # the first mail, Ann's, is on its way
+            tag = next(tag for tag, row in shown(files).items()
+                       if row["campaign"] == campaign and row["email"][:3] == "bob")
+            told.append(append_events(files, [
+                Event("2026-11-20T12:00:00Z", kind, tag, detail=detail)]))
+
+    told = []
+    host.script = tell
+    code, out, err = send("--rate", "600/m")
+    gone = reached(host)["bob"] - (campaign == "earlier")
+    assert (code, gone) == (0, 0 if skipped else 1)
+    assert ("1 skipped: no more mail wanted" in out) == skipped
+    assert [event.detail for event in read_log(files.log)
+            if event.event == "skipped"] == ["a"] * skipped
+
+
 @pytest.mark.parametrize("condition, expected", [
     ("opened", ["ann", "cid"]), ("unopened", ["bob"]), ("unreplied", ["ann", "bob"])])
 def test_a_second_mail_follows_the_first(condition, expected, send, host, files):
@@ -394,8 +420,8 @@ def deliver(host, files, *args, pause=None):
     plan = mailtracker.Plan(files, mailing, people, options)
     plan.commit()
     delivery = mailtracker.Delivery(
-        files, mailing, mailtracker.smarthost_of(options), pause or waits.append,
-        options.rate, clock=lambda: sum(waits))
+        files, mailing, mailtracker.smarthost_of(options), plan.is_barred,
+        pause or waits.append, options.rate, clock=lambda: sum(waits))
     left = delivery.run(plan.mails)
     return delivery, left, [round(wait) for wait in waits if wait]
 
