@@ -6045,15 +6045,17 @@ class Delivery:
         from heapq import heappop, heappush
 
         queue, due_next = [(0.0, number, 0) for number in range(len(mails))], 0.0
-        while queue and not self._rests(max(queue[0][0], due_next) - self._clock()):
-            _, number, tries = heappop(queue)
-            due_next = self._clock() + self._period
-            outcome = self._send(mails[number])
-            if outcome in ("later", "trouble") and tries < len(RETRIES):
-                heappush(queue, (self._clock() + RETRIES[tries], number, tries + 1))
-            self._tell(len(mails), queue)
-        self._show("")
-        self._smarthost.close()
+        try:
+            while queue and not self._rests(max(queue[0][0], due_next) - self._clock()):
+                _, number, tries = heappop(queue)
+                due_next = self._clock() + self._period
+                outcome = self._send(mails[number])
+                if outcome in ("later", "trouble") and tries < len(RETRIES):
+                    heappush(queue, (self._clock() + RETRIES[tries], number, tries + 1))
+                self._tell(len(mails), queue)
+        finally:
+            self._show("")
+            self._smarthost.close()
         return len(mails) - sum(self.count.values())
 
     def _rests(self, length: float) -> bool:
@@ -11140,7 +11142,7 @@ def add_others(commands: Any) -> None:
     add("tags", metavar="ID|NAME", nargs="*",
         help="an id, its first 7 characters or more, or a whole name")
     add("--older-than", metavar="WHEN", type=moment_argument,
-        help="all tags made before then: 365d, 2025-01-01")
+        help="all tags made before then, but of who unsubscribed: 365d, 2025-01-01")
     add("--yes", action="store_true", help="do not ask")
     add("--dry-run", action="store_true", help="only show what would go")
     add = add_command(commands, cmd_settle, "").add_argument

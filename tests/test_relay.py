@@ -452,6 +452,8 @@ def plain(user, password):
 LOGINS = [  # --auth, lines after EHLO, their codes
     ("pass", [MAIL, plain("eve", "hers"), MAIL], "530 235 250"),
     ("pass", [plain("eve", "wrong"), MAIL], "535 530"),
+    ("pass", [plain("", ""), plain("", "hers"), MAIL], "535 535 530"),
+    ("pass", ["AUTH LOGIN", "", "aGVycw==", MAIL], "334 334 535 530"),
     ("own", [MAIL, plain("ann", "secret"), plain("ann", "secret"), MAIL],
      "530 235 503 250"),
     ("own", [plain("eve", "hers"), MAIL], "535 530"),

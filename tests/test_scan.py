@@ -266,6 +266,8 @@ SHAPES = {
     "deleted unread": ("", *report(
         "Disposition: automatic-action/MDN-sent-automatically; deleted",
         kind="disposition-notification", said="\"Reject no refuse\" was deleted.")),
+    "an absurd date": ("replied", "", ANSWER, "Date: 20 Nov 2026 99999999999999:00:00",
+                       "Received: by x; Fri, 20 Nov 2026 12:00:00 +0000"),
     "no date, but received": ("replied", "", ANSWER, "Date: nonsense",
                               "Received: by x; Fri, 20 Nov 2026 12:00:00 +0000"),
 }

@@ -279,6 +279,20 @@ def test_what_is_wrong_is_named_and_nothing_happens(people, template, options, w
     assert not [name for name in os.listdir() if "register" in name]
 
 
+def test_an_attachment_that_vanishes_is_not_left_out_silently(send, host, files):
+    Path("b.pdf").write_bytes(b"%PDF")
+    Path("a.html").write_text("Subject: x\nAttach: b.pdf\n\n<p>Hello\n")
+
+    def vanish(stage, _):
+        if stage == "dot":
+            Path("b.pdf").unlink(missing_ok=True)
+
+    host.script = vanish
+    code, out, err = send()
+    assert code == 1 and "no such file: b.pdf" in err and len(host.messages) == 1
+    assert [*statuses(files).values()] == ["sent", "queued", "queued"]
+
+
 def test_without_yes_mails_are_shown_or_written_or_one_is_tried(send, host, run):
     code, out, err = send("--rate", "2/min", yes=False)
     assert code == 0 and "3 mails to send" in out and "would take 2 min" in out
