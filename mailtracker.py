@@ -10241,8 +10241,9 @@ class Doctor:
                 data += block
                 if len(data) >= MOST_ANSWER:
                     break
-        reply: Any = HTTPResponse(
-            SimpleNamespace(makefile=lambda _: io.BytesIO(data)))  # type: ignore
+        received: Any = SimpleNamespace(
+            makefile=lambda _: io.BytesIO(data[:MOST_ANSWER]))
+        reply: Any = HTTPResponse(received)
         try:
             reply.begin()
             return reply, reply.read(), own
