@@ -7871,7 +7871,8 @@ def cards(figures: Figures) -> Iterator[Tuple[str, str, str]]:
     """Yield the eight figures: what each is, its value, and a remark on it."""
     floor, estimate, low, high, ceiling = figures.rates()
     opened, hidden, no_hit, bounced, unsent = figures.states.values()
-    is_known, half = figures.sent > hidden, figures.half_time()
+    is_known, is_many = figures.sent > hidden, figures.sent >= FEW
+    half = figures.half_time()
 
     def listed(*counts: Tuple[int, str]) -> str:
         return ", ".join(f"{count:,} {word}" for count, word in counts if count)
@@ -7880,9 +7881,9 @@ def cards(figures: Figures) -> Iterator[Tuple[str, str, str]]:
         (bounced, "bounced"), (unsent, "not sent"))
     yield "Opened, at least", f"{opened:,}", f"{percent(floor)} % of sent"
     yield ("Open rate, estimated",
-           f"{percent(estimate)} %" if is_known and figures.sent >= FEW else "-",
-           f"95 %: {percent(low)} to {percent(high)} %; at most {percent(ceiling)} %"
-           if is_known else "nothing that can be known")
+           f"{percent(estimate)} %" if is_known and is_many else "-",
+           f"95 %: {percent(low)} to {percent(high)} %" + f"; at most "
+           f"{percent(ceiling)} %" * is_many if is_known else "nothing can be known")
     yield "Cannot be known", f"{hidden:,}", "Apple fetches ahead"
     yield "No hit by a person", f"{no_hit:,}", "or images are off"
     yield ("Half had opened by", "not yet" if half is None else lasting(half),
