@@ -30,6 +30,7 @@ PIXEL_START = b"HTTP/1.1 200 OK\r\nContent-Type: image/gif\r\n"
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"),
                            reason="looks into /proc, which only Linux has")
 SCRIPT = Path(__file__).resolve().parent.parent / "mailtracker.py"
+COMPILED = SCRIPT.parent / ".pytest_cache" / "compiled"
 
 
 def eventually(check, seconds=10.0, pause=0.02):
@@ -87,7 +88,8 @@ def clean_environment(**more):
     """Return an environment in which no variable changes what a command does."""
     kept = {name: value for name, value in os.environ.items()
             if not name.startswith(("MAILTRACKER_", "LISTEN_", "NOTIFY_"))}
-    return {**kept, **more}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # to be compiled only once
+    return {**kept, "PYTHONPYCACHEPREFIX": str(COMPILED), **more}
 
 
 def launch(use, *args, prefix=(), env=None, **options):
