@@ -9941,18 +9941,17 @@ def rested(files: Files, log: Stamp) -> bool:
 
 def modes(files: Files) -> Iterator[Found]:
     """Yield which files others can read, or somebody else owns."""
-    stem = re.sub(r"\.csv$", "", files.register)
-    key, owner = f"{stem}.key", os.stat(files.register).st_uid
-    for path in (*files.versions, files.lock, *log_files(files.log), key,
-                 f"{stem}.links.csv"):
+    owner = os.stat(files.register).st_uid
+    for path in (*files.versions, files.lock, *log_files(files.log), files.key,
+                 files.links):
         with suppress(FileNotFoundError):
             mode, _, _, _, user, *_ = os.stat(path)
             yield from told(
                 (user != owner, "error", f"{path} and {files.register} have two owners",
                  "give both to the user of the server, with chown"),
-                (mode & (0o077 if path == key else 0o007), "warning",
-                 f"{path} is open to others", f"chmod go= {path}" if path == key else
-                 f"chmod o= {path}"))
+                (mode & (0o077 if path == files.key else 0o007), "warning",
+                 f"{path} is open to others",
+                 f"chmod {'go' if path == files.key else 'o'}= {path}"))
 
 
 def answer_faults(reply: Any, body: bytes) -> Iterator[Found]:
