@@ -191,6 +191,20 @@ def test_a_pixel_in_quoted_text_is_taken_out_whoever_shows_it(client, host):
     assert pixels(host)[-1] not in ("", old, older)
 
 
+def test_few_images_of_a_message_are_looked_up_and_each_once(
+        client, host, relay, monkeypatch):
+    asked, is_ours = [], relay.is_ours
+    monkeypatch.setattr(relay, "is_ours",
+                        lambda source: asked.append(source) or is_ours(source))
+    tags = mailtracker.new_ids(os.urandom(32), mailtracker.MOST_IMAGES + 10)
+    images = "".join(f'<img src="http://t.x.org/{tag}.gif">\r\n' * 2 for tag in tags)
+    assert client.send(HTML + images.encode(), (BOB, CARL)) == (
+        "250 2.0.0 handed on to 2")
+    left = [PIXEL.findall(message.data)[:-1] for message in host.messages]
+    assert left == [[tag.encode() for tag in tags[-10:] for _ in (1, 2)]] * 2
+    assert len(asked) == len({*asked}) == mailtracker.MOST_IMAGES
+
+
 UNTRACKED = {
     "asked not to": (b"X-Mailtracker: no\r\n" + HTML, "ann@x.org"),
     "a bounce": (HTML, ""), "plain": (PLAIN, "ann@x.org"),
@@ -215,6 +229,14 @@ def test_a_message_id_and_a_date_are_made_where_they_are_missing(client, host, s
     assert f"\r\nMessage-ID: <{tag}@x.org>\r\nDate: ".encode() in data
     assert rows(shared[2], tag)[0]["message_id"] == ""
     assert client.send(data) == "554 5.4.6 this message was here before"
+
+
+def test_a_message_id_is_kept_without_what_moves_a_cursor(client, host, shared):
+    evil = b"\x1b[2J\x07" + b"x" * 900
+    assert client.send(HTML.replace(b"<1@", b"<%b@" % evil)).startswith("250")
+    row, = rows(shared[2], *pixels(host))
+    assert row["message_id"].isprintable() and row["message_id"].endswith("x@x.org")
+    assert "\x1b" not in (shared[2] / "register.csv").read_text()
 
 
 def test_bounces_and_plain_text_can_be_tracked_as_well(
@@ -441,7 +463,7 @@ def test_without_a_row_nothing_is_sent_or_without_a_pixel(
 
 # -- who may send, and to where -----------------------------------------------------
 
-USERS = {"ann": "secret", "eve": "hers"}
+USERS = {"ann": "secret", "eve": "hers", "zoë": "größe"}
 
 
 def plain(user, password):
@@ -451,6 +473,7 @@ def plain(user, password):
 
 LOGINS = [  # --auth, lines after EHLO, their codes
     ("pass", [MAIL, plain("eve", "hers"), MAIL], "530 235 250"),
+    ("pass", [plain("zoë", "größe"), MAIL], "235 250"),
     ("pass", [plain("eve", "wrong"), MAIL], "535 530"),
     ("pass", [plain("", ""), plain("", "hers"), MAIL], "535 535 530"),
     ("pass", ["AUTH LOGIN", "", "aGVycw==", MAIL], "334 334 535 530"),
@@ -486,7 +509,8 @@ def test_clients_log_in_with_the_relays_password_or_their_own(
         assert client.say(HELLO) == "250 AUTH PLAIN LOGIN"
         assert [client.say(line)[:3] for line in lines] == codes.split()
     if auth == "pass" and "235" in codes:
-        assert host.logins[-1][1:3] == ("eve", True)
+        _, user, accepted, _ = host.logins[-1]
+        assert accepted and plain(user, USERS[user]) in lines
 
 
 def test_a_login_that_fails_at_the_smarthost_is_not_the_clients_fault(guarded):

@@ -268,6 +268,8 @@ SHAPES = {
         kind="disposition-notification", said="\"Reject no refuse\" was deleted.")),
     "an absurd date": ("replied", "", ANSWER, "Date: 20 Nov 2026 99999999999999:00:00",
                        "Received: by x; Fri, 20 Nov 2026 12:00:00 +0000"),
+    "an absurd zone": ("replied", "", ANSWER, "Date: 20 Nov 2026 12:00:00 +" + "9" * 20,
+                       "Received: by x; Fri, 20 Nov 2026 12:00:00 +0000"),
     "no date, but received": ("replied", "", ANSWER, "Date: nonsense",
                               "Received: by x; Fri, 20 Nov 2026 12:00:00 +0000"),
 }
@@ -400,6 +402,17 @@ def test_what_is_wrong_is_said_in_one_line(words, expected, run, files, imap_ser
     assert code in (1, 2) and out == "" and expected in err.splitlines()[-1]
     assert "secret" not in err and "pw" not in err
     assert_nothing_raw(err)
+
+
+def test_no_letter_of_a_password_beyond_ascii_is_shown(run, files, imap_server):
+    tag(files, (A, "", "", ""))
+    args = ("scan", imap_server.url, "--register", files.register,
+            "--password-command", "echo secretß")
+    assert run(*args) == (0, "0 new events in 0 messages\n", "")
+    imap_server.offers = ""  # so LOGIN, which imaplib writes in ASCII
+    code, out, err = run(*args)
+    assert (code, out) == (1, "") and "must be ASCII here: it has no AUTH=PLAIN" in err
+    assert "ß" not in err and "\\xdf" not in err and "secret" not in err
 
 
 def test_imaps_needs_a_certificate_that_can_be_verified(

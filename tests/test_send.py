@@ -289,7 +289,7 @@ def test_an_attachment_that_vanishes_is_not_left_out_silently(send, host, files)
 
     host.script = vanish
     code, out, err = send()
-    assert code == 1 and "no such file: b.pdf" in err and len(host.messages) == 1
+    assert code == 1 and "row 3: no such file: b.pdf" in err and len(host.messages) == 1
     assert [*statuses(files).values()] == ["sent", "queued", "queued"]
 
 
