@@ -8287,10 +8287,9 @@ class Keys:
         self._path = path
 
     def _secret(self) -> bytes:
-        with suppress(FileExistsError):
-            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(file, "wb") as out:
-                out.write(os.urandom(32).hex().encode())
+        with suppress(FileExistsError), open(
+                self._path, "xb", opener=partial(os.open, mode=0o600)) as out:
+            out.write(os.urandom(32).hex().encode())
         with _opened(self._path) as file:
             secret = os.read(file, 64)
         if len(secret) < 64:
@@ -8309,17 +8308,13 @@ class Keys:
         """Tell whether a token is for a purpose, and not expired."""
         from hmac import compare_digest
 
-        until, is_form = token[:10], re.fullmatch(r"[1-9]\d{9}\.[0-9a-f]{64}", token)
-        return bool(is_form and token.isascii() and int(until) > time.time()
-                    and compare_digest(self.token(purpose, int(until)).encode(),
-                                       token.encode()))
+        return bool(re.fullmatch("[1-9][0-9]{9}[.][0-9a-f]{64}", token)
+                    and int(token[:10]) > time.time()
+                    and compare_digest(token, self.token(purpose, int(token[:10]))))
 
 
 class Problem(Exception):
     """What is wrong with a request: a status, words for who sent it, headers."""
-
-    def __init__(self, status: int, detail: str = "", **headers: str) -> None:
-        super().__init__(status, detail, headers)
 
 
 class Ask(NamedTuple):
@@ -8708,10 +8703,10 @@ class Dashboard:
         except Problem as problem:
             reply = self._problem(ask, *problem.args)
         except (TrackerError, OSError) as error:
-            reply = self._problem(ask, 503, self._files.shown(explain(error)), {})
+            reply = self._problem(ask, 503, self._files.shown(explain(error)))
         except Exception as error:  # whatever it is, the others are answered
             self._lines.rarely(f"cannot answer: {error!r}")
-            reply = self._problem(ask, 500, "", {})
+            reply = self._problem(ask, 500)
         is_head = ask is not None and ask.method == "HEAD"
         return b"".join(reply.partition(b"\r\n\r\n")[:2]) if is_head else reply
 
@@ -8759,7 +8754,7 @@ class Dashboard:
         if "GET" in found:
             found["HEAD"] = found["GET"]
         if method not in found:
-            raise Problem(405, "", Allow=", ".join(found))
+            raise Problem(405, "", {"Allow": ", ".join(found)})
         return found[method]
 
     def _given(self, route: Route, ask: Ask, tag_id: str) -> Dict[str, Any]:
@@ -8828,11 +8823,11 @@ class Dashboard:
             self._lines.rarely("somebody has come with a token that is not good")
             self._refused.append(time.monotonic())
             if self._refused[0] > time.monotonic() - 1:
-                raise Problem(429, "too many of these", **{"Retry-After": "1"})
-        raise Problem(401, "not logged in", **{"WWW-Authenticate": "Bearer"})
+                raise Problem(429, "too many of these", {"Retry-After": "1"})
+        raise Problem(401, "not logged in", {"WWW-Authenticate": "Bearer"})
 
-    def _problem(self, ask: Optional[Ask], status: int, detail: str,
-                 headers: Mapping[str, str]) -> bytes:
+    def _problem(self, ask: Optional[Ask], status: int, detail: str = "",
+                 headers: Mapping[str, str] = {}) -> bytes:
         """Return the answer that says what is wrong: as JSON (RFC 9457), or a page."""
         from http import HTTPStatus
 
@@ -11418,7 +11413,8 @@ def cmd_dashboard(options: argparse.Namespace) -> int:
         if sys.stdout.isatty():
             print(login_link(keys, url), flush=True)
         if options.open:
-            stack.enter_context(opened_in_browser(files.key, login_link(keys, url)))
+            stack.enter_context(opened_in_browser(
+                os.path.dirname(files.key), login_link(keys, url)))
         server.serve(signals)
     return 0
 
@@ -11435,20 +11431,16 @@ def login_link(keys: Keys, url: str) -> str:
 
 
 @contextmanager
-def opened_in_browser(path: str, link: str) -> Iterator[None]:
+def opened_in_browser(folder: str, link: str) -> Iterator[None]:
     """Open a link by way of a file: on a command line all could read its token."""
     import webbrowser
+    from tempfile import NamedTemporaryFile
 
-    path += ".html"
-    _remove(path)
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(file, "w", encoding="ascii") as out:
-            out.write(f'<meta http-equiv="refresh" content="0;url={link}">')
-        webbrowser.open(f"file://{path}")
+    with NamedTemporaryFile("w", dir=folder, suffix=".html") as file:
+        file.write(f'<meta http-equiv="refresh" content="0;url={link}">')
+        file.flush()
+        webbrowser.open(f"file://{file.name}")
         yield
-    finally:
-        _remove(path)
 
 
 def _loopback(text: str) -> str:
