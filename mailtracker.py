@@ -8381,7 +8381,7 @@ class View:
         self._blocks: List[str] = []
         self._figures = {("", "", 0): Figures()}
         count, now = self._figures["", "", 0].add, self.now
-        states = {state: number for number, state in enumerate(KINDS)}
+        states = {state: number for number, state in enumerate(Figures().states)}
         last_hit = columns.index("last_hit")
         for block in iter(lambda: list(islice(rows, TOGETHER)), []):
             for row in block:
@@ -8433,7 +8433,7 @@ class View:
             first = self.now - days * 86400
             order = array("I", (n for n in order if since[n] >= first))
         if state:
-            wanted = [name for name, _, _ in KINDS.values()].index(state)
+            wanted = [*KINDS].index(state)
             order = array("I", (n for n in order if states[n] == wanted))
         return order
 
@@ -8531,21 +8531,22 @@ def log_page(path: str, cursor: str, limit: int, verdict: str
     return events, f"{inode}-{offset}" if inode else "0"
 
 
-# What the states of tags are called by Figures, by the API, and on the page, where a
+# The states of tags, in the order of Figures: for the API, and for the page, where a
 # sign tells them apart as well.
 KINDS = {
-    "opened": ("opened", "●", "Opened"),
-    "hidden": ("cannot_be_known", "◌", "Cannot be known"),
-    "no hit": ("no_hit", "○", "No hit"),
-    "bounced": ("bounced", "✕", "Bounced"),
-    "unsent": ("not_sent", "·", "Not sent"),
+    "opened": ("●", "Opened"),
+    "cannot_be_known": ("◌", "Cannot be known"),
+    "no_hit": ("○", "No hit"),
+    "bounced": ("✕", "Bounced"),
+    "not_sent": ("·", "Not sent"),
 }
 
-_TEXT, _ANY_TEXT = {"type": ["string", "null"]}, {"type": "string", "maxLength": 1000}
+_TEXT = {"type": ["string", "null"]}
 _MOMENT = {**_TEXT, "format": "date-time"}
+_WHICH = {"id": {"type": "string", "maxLength": 40}}
 _FILTER: Dict[str, Any] = {
     "q": {"type": "string", "maxLength": 200},
-    "state": {"type": "string", "enum": [name for name, _, _ in KINDS.values()]},
+    "state": {"type": "string", "enum": [*KINDS]},
     "days": {"type": "integer", "minimum": 1, "maximum": 36500}}
 _LIST: Dict[str, Any] = {
     **_FILTER,
@@ -8584,15 +8585,17 @@ class Route(NamedTuple):
     path: str                       # with {id} for the id of a tag
     run: str
     schema: Mapping[str, Any] = {}  # of the answer; none for a page
-    given: Mapping[str, Any] = {}   # the schemas of parameters, or of a body's parts
+    given: Mapping[str, Any] = {}   # schemas of id, parameters, parts of a body
 
 
 ROUTES = (
     Route("GET", "/api/tags", "api_tags", _object(
         data=_array(_TAG), next_cursor=_TEXT, total={"type": "integer"}), _LIST),
-    Route("POST", "/api/tags", "api_make", _object(**_TAG), {"name": _ANY_TEXT}),
-    Route("GET", "/api/tags/{id}", "api_tag", _object(**_TAG, events=_array(_EVENT))),
-    Route("DELETE", "/api/tags/{id}", "api_forget", {"type": "null"}),
+    Route("POST", "/api/tags", "api_make", _object(**_TAG), {
+        "name": {"type": "string", "maxLength": 1000}}),
+    Route("GET", "/api/tags/{id}", "api_tag", _object(
+        **_TAG, events=_array(_EVENT)), _WHICH),
+    Route("DELETE", "/api/tags/{id}", "api_forget", {"type": "null"}, _WHICH),
     Route("GET", "/api/events", "api_events", _object(
         data=_array(_EVENT), next_cursor={"type": "string"}), _LOG),
     Route("GET", "/api/stats", "api_stats", {"type": "object"}, _FILTER),
@@ -8619,57 +8622,23 @@ def checked(pairs: Iterable[Tuple[str, Any]], schemas: Mapping[str, Any]
     for name, value in pairs:
         if name not in schemas or name in values:
             raise Problem(422, f"no parameter {clean(name)}, or no second one")
-        values[name] = _by_schema(name, value, schemas[name])
+        values[name] = by_schema(name, value, schemas[name])
     return {**{name: schema.get("default", 0 if "minimum" in schema else "")
                for name, schema in schemas.items()}, **values}
 
 
-def _by_schema(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
-    if schema["type"] == "integer":
-        low, high = schema["minimum"], schema["maximum"]
-        if re.fullmatch("[0-9]{1,9}", value) and low <= int(value) <= high:
+def by_schema(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
+    """Return a value, numbers as such; raise Problem if it does not fit."""
+    most = schema.get("maximum")
+    form = schema.get("pattern", "[0-9]{1,9}" if most else "(?s:.*)")
+    if isinstance(value, str) and len(value) <= schema.get("maxLength", 99) \
+            and value in schema.get("enum", [value]) and re.fullmatch(form, value):
+        if not most:
+            return value
+        if schema["minimum"] <= int(value) <= most:
             return int(value)
-        raise Problem(422, f"{name}: say a number from {low} to {high}")
-    if not isinstance(value, str) or len(value) > schema.get("maxLength", 99) \
-            or not re.fullmatch(schema.get("pattern", "(?s:.*)").strip("^$"), value) \
-            or value not in schema.get("enum", [value]):
-        raise Problem(422, f"{name} is not "
-                      + " or ".join(schema.get("enum", ["of its form, or too long"])))
-    return value
-
-
-def description(url: str) -> Dict[str, Any]:
-    """Return what OpenAPI 3.1 says of the routes."""
-    def content(schema: Mapping[str, Any], kind: str = "json") -> Dict[str, Any]:
-        return {"content": {f"application/{kind}": {"schema": schema}}}
-
-    problem = {"description": "what is wrong (RFC 9457)", **content(
-        {"type": "object", "required": ["type", "title", "status", "detail"]},
-        "problem+json")}
-    paths: Dict[str, Any] = {}
-    for method, path, run, schema, given in ROUTES:
-        about = (getattr(Dashboard, run).__doc__ or "").rstrip(".")
-        told: Dict[str, Any] = {"summary": about, "responses": {
-            "default": problem, SUCCESS[method]: {
-                "description": about, **content(schema)}}}
-        told["parameters"] = [{"name": name, "in": "query", "schema": given[name]}
-                              for name in given if method == "GET"]
-        if "{id}" in path:
-            told["parameters"] = [{"name": "id", "in": "path", "required": True,
-                                   "schema": {"type": "string", "maxLength": 40}}]
-        if method == "POST":
-            told["requestBody"] = {"required": True, **content(_object(**given))}
-        if method == "DELETE":
-            del told["responses"]["204"]["content"]
-        if path == "/health":
-            told["security"] = []
-        if schema:
-            paths.setdefault(path, {})[method.lower()] = told
-    return {"openapi": "3.1.0",
-            "info": {"title": "mailtracker", "version": __version__},
-            "servers": [{"url": url.rstrip("/")}], "paths": paths,
-            "security": [{"key": []}], "components": {"securitySchemes": {
-                "key": {"type": "http", "scheme": "bearer"}}}}
+    raise Problem(422, f"{name} is not " + ", ".join(
+        f"{key} {told}" for key, told in schema.items()))
 
 
 class Dashboard:
@@ -8729,7 +8698,7 @@ class Dashboard:
         if path == "/login":
             return self._log_in(dict(ask.query).get("token", ""))
         right = "read" if path == "/health" else self._right(ask)
-        route, tag_id = self._route(ask.method, path)
+        route, which = self._route(ask.method, path)
         if right == "read" and route.method != "GET":
             raise Problem(403, "this key may only read")
         etag = self._etag(path, ask.query)
@@ -8737,18 +8706,18 @@ class Dashboard:
         known = re.split("[, ]+|W/", ask.headers.get("if-none-match", ""))
         if route.method == "GET" and etag in known:
             return http_answer(304, "", {"ETag": etag})
-        answer = getattr(self, route.run)(self._given(route, ask, tag_id))
+        answer = getattr(self, route.run)(self._given(route, ask, which))
         status, body, headers = answer if isinstance(answer, tuple) else (
             200, answer, {"ETag": etag})
         return http_answer(status, body, headers)
 
-    def _route(self, method: str, path: str) -> Tuple[Route, str]:
+    def _route(self, method: str, path: str) -> Tuple[Route, Mapping[str, str]]:
         """Return who answers, and the id in the path; raise Problem."""
         found = {}
         for route in ROUTES:
-            match = re.fullmatch(route.path.replace("{id}", "([^/]*)"), path)
+            match = re.fullmatch(route.path.replace("{id}", "(?P<id>[^/]*)"), path)
             if match:
-                found[route.method] = route, "".join(match.groups())
+                found[route.method] = route, match.groupdict()
         if not found:
             raise Problem(404, "there is nothing here")
         if "GET" in found:
@@ -8757,13 +8726,14 @@ class Dashboard:
             raise Problem(405, "", {"Allow": ", ".join(found)})
         return found[method]
 
-    def _given(self, route: Route, ask: Ask, tag_id: str) -> Dict[str, Any]:
+    def _given(self, route: Route, ask: Ask, which: Mapping[str, str]
+               ) -> Dict[str, Any]:
         """Return what a request says: checked for the API, as it comes for a page."""
         import json
 
         if not route.schema:
             return dict((*fields_of(ask.body), *ask.query))
-        pairs: Iterable[Tuple[str, Any]] = ask.query
+        pairs: List[Tuple[str, Any]] = [*which.items(), *ask.query]
         if route.method == "POST":
             kind = ask.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
@@ -8774,8 +8744,8 @@ class Dashboard:
                 told = None
             if not isinstance(told, dict) or {*route.given} - {*told}:
                 raise Problem(422, f"send an object with {', '.join(route.given)}")
-            pairs = [*told.items(), *ask.query]
-        return {**checked(pairs, route.given), "id": tag_id}
+            pairs += told.items()
+        return checked(pairs, route.given)
 
     def _etag(self, path: str, query: Sequence[Tuple[str, str]]) -> str:
         """Return what changes when the answer may: pages tell times by the minute."""
@@ -8858,7 +8828,7 @@ class Dashboard:
         cells.update({column: time_in(cells.get(column, "")) for column in TIMES},
                      first_open=utc_text(story.first) if story.first else "",
                      clicked=utc_text(story.clicked) if story.clicked else "",
-                     state=[*KINDS.values()][view.states[number]][0], **{
+                     state=[*KINDS][view.states[number]], **{
                          key: self._template(form).replace("{id}", cells["id"])
                          for key, form in (("tag", "html"), ("url", "url"))})
         return {**{key: cells.get(key) or None for key in _TAG},
@@ -8886,8 +8856,36 @@ class Dashboard:
             given["q"], given["state"], given["days"]).as_json()
 
     def api_description(self, _: Dict[str, Any]) -> Any:
-        """This description."""
-        return description(self._url)
+        """This description, by OpenAPI 3.1."""
+        def content(schema: Mapping[str, Any], kind: str = "json") -> Dict[str, Any]:
+            return {"content": {f"application/{kind}": {"schema": schema}}} \
+                if schema["type"] != "null" else {}
+
+        problem = {"description": "what is wrong (RFC 9457)", **content(
+            {"type": "object", "required": ["type", "title", "status", "detail"]},
+            "problem+json")}
+        paths: Dict[str, Any] = {}
+        for method, path, run, schema, given in ROUTES:
+            if not schema:
+                continue
+            about = getattr(self, run).__doc__.rstrip(".")
+            told: Dict[str, Any] = {"summary": about, "responses": {
+                "default": problem, SUCCESS[method]: {
+                    "description": about, **content(schema)}}}
+            paths.setdefault(path, {})[method.lower()] = told
+            if method == "POST":
+                told["requestBody"] = {"required": True, **content(_object(**given))}
+            else:
+                told["parameters"] = [
+                    {"name": name, "in": "path" if name == "id" else "query",
+                     "required": name == "id", "schema": given[name]} for name in given]
+            if path == "/health":
+                told["security"] = []
+        return {"openapi": "3.1.0",
+                "info": {"title": "mailtracker", "version": __version__},
+                "servers": [{"url": self._url.rstrip("/")}], "paths": paths,
+                "security": [{"key": []}], "components": {"securitySchemes": {
+                    "key": {"type": "http", "scheme": "bearer"}}}}
 
     def health(self, _: Dict[str, Any]) -> Any:
         """Whether register and log can be read."""
@@ -8924,7 +8922,7 @@ class Dashboard:
         view, wanted = self.watch.view(), checked((), _LIST)
         for name in {*given}.intersection(_LIST):
             with suppress(Problem):
-                wanted[name] = _by_schema(name, given[name], _LIST[name])
+                wanted[name] = by_schema(name, given[name], _LIST[name])
         if "days" not in given:
             wanted["days"] = 30 if len(view.chosen("", "", 30)) else 0
         q, state, days, _, first = wanted.values()
@@ -8943,7 +8941,7 @@ class Dashboard:
             if view.states else "",
             days=options_html(days, {**spans, 0: "all time"}),
             states=options_html(state, {"": "All states", **{
-                name: words for name, _, words in KINDS.values()}}),
+                state: words for state, (_, words) in KINDS.items()}}),
             tags=tags if told["data"] else NO_MATCH * bool(view.states)),
             self._foot(view))
 
@@ -9120,7 +9118,7 @@ def days_chart(view: View) -> str:
 def state_html(told: Mapping[str, Any]) -> str:
     """Return the state of a tag as a sign and words."""
     state, status = told["state"], told["status"] or ""
-    sign, words = next(kind[1:] for kind in KINDS.values() if kind[0] == state)
+    sign, words = KINDS[state]
     words += " by a person" * (state == "no_hit" and told["hits"] > 0)
     if status not in ("", "sent", state):
         words = status.capitalize() if state == "not_sent" else f"{words}, {status}"
