@@ -8051,7 +8051,8 @@ class Report:
         """Return what names the group of a row; raise TrackerError."""
         if self.by in columns or not self.by:
             cell = cell_of(columns, self.by)
-            return lambda row, mail: text_in(cell(row))
+            read = str if self.by in TEXTS else text_in  # those are read already
+            return lambda row, mail: read(cell(row))
         if self.by not in self.TIMES:
             raise TrackerError(f"no column {self.by}; there are "
                                f"{', '.join([*columns, *self.TIMES])}")
@@ -8192,7 +8193,7 @@ def report_values(report: Report, names: Sequence[str]) -> Dict[str, Any]:
     groups = report.chosen(names) if names else report.in_order()
     values: Dict[str, Any] = {"all": report.total.as_json()}
     if report.by:
-        values["groups"] = [{report.by: name, **figures.as_json(), **(
+        values["groups"] = [{"group": name, **figures.as_json(), **(
             {"score": report.score(figures)} if report.by == "email" else {})}
             for name, figures in groups]
     if names:

@@ -311,10 +311,12 @@ def test_json_and_csv_hold_the_same(mailed, capsys):
     found = json.loads(report(capsys, *by, "--format", "json"))
     rows = list(csv.DictReader(report(capsys, *by, "--format", "csv").splitlines()))
     for group, row in zip(found["groups"], rows):
-        assert row["campaign"].lstrip("'") == mailtracker.clean(group["campaign"])
+        assert row["group"].lstrip("'") == mailtracker.clean(group["group"])
         assert (row["sent"], float(row["rate_low"])) == (
             str(group["sent"]), group["rate"]["low"])
-    assert rows[0]["campaign"] == "'=A"
+    assert rows[0]["group"] == "'=A"
+    rows = json.loads(report(capsys, "--by", "opens", "--format", "json"))["groups"]
+    assert [(row["group"], row["opens"]) for row in rows] == [("0", 0), ("1", 20)]
     assert found["all"]["sent"] == 43 and found["all"]["rate"]["at_most"] == 40 / 43
     compared = json.loads(report(capsys, "--format", "json", "--compare", "=A", "B, b"))
     assert [each["is_told"] for each in compared["compared"]] == [False, False]
