@@ -7473,9 +7473,9 @@ class Relay:
 # Apple Mail fetches ahead, whether or not anybody reads (Mail Privacy Protection).
 AHEAD = ("apple-mpp", "apple-mpp-agent")
 ASIDE = ("machine", "self", "unknown", "repeat")  # hits that are no opens, and why
-_STORY_LINE = re.compile(
-    rf"^({_TIME.pattern}),(hit|clicked|replied|bounced),([^,\n]*),\d*,\d*,"
-    r"([^,\n]*),([^,\n]*),(.*)\n", re.M)
+_STORY_LINE, _VERDICT_LINE = (re.compile(
+    rf"^({_TIME.pattern}),({kinds}),([^,\n]*),\d*,\d*,([^,\n]*),([^,\n]*),(.*)$", re.M)
+    for kinds in ("hit|clicked|replied|bounced", "verdict"))
 NO_HITS = (0,) * len(ASIDE)
 UNSENT = ("queued", "sending", "failed")
 STATES = ("opened", "hidden", "no hit")  # of a mail that was sent
@@ -7522,8 +7522,9 @@ class Stories:
         self._places: Dict[int, Place] = {}  # of each file, by inode
         self._verdicts: Dict[Tuple[str, ...], Tuple[str, str]] = {}
         for line in lines_of_log(self._path, b",verdict,"):
-            cells = line.decode("utf-8", "replace").split(",", 7)
-            self._verdicts[cells[0], cells[2], cells[-1]] = cells[5], cells[6]
+            for when, _, tag_id, verdict, reason, client in _VERDICT_LINE.findall(
+                    line.decode("utf-8", "replace")):
+                self._verdicts[when, tag_id, client] = verdict, reason
 
     def look(self) -> bool:
         """Take in what is new in the log; tell whether there was anything.
@@ -7676,8 +7677,9 @@ class Figures:
             # Without the log's word the last open stands for it: late, never early.
             first = story.first or seconds(mail.last_open)
             self.last_open = max(self.last_open, mail.last_open)
-            self.firsts.append(first)
-            if first == first and mail.since == mail.since:
+            if first > 0:  # not NaN
+                self.firsts.append(first)
+            if first > 0 and mail.since == mail.since:
                 self._after.append(max(0.0, first - mail.since))
         elif state == "no hit" and mail.since == mail.since:
             self._waiting.append(max(0.0, now - mail.since))
@@ -8206,11 +8208,12 @@ def report_values(report: Report, names: Sequence[str]) -> Dict[str, Any]:
 def report_rows(report: Report, names: Sequence[str]) -> Iterator[Row]:
     """Yield a report as rows of a CSV file, the heading first."""
     values = report_values(report, names)
-    for number, group in enumerate(values.get("groups", [values["all"]])):
+    groups = values.get("groups", [values["all"]])
+    for group in groups + [{"group": "", **Figures().as_json()}] * (not groups):
         rates = group.pop("rate")
         group.update((f"rate_{name}", rate) for name, rate in rates.items())
-        if not number:
-            yield [*group]
+    yield [*group]
+    for group in groups:
         yield ["" if value is None else str(value) for value in group.values()]
 
 

@@ -339,6 +339,37 @@ def test_an_empty_register_and_a_narrow_choice_are_reported(mailed, capsys):
     assert '"at_least": null' in report(capsys, "--since", "1h", "--format", "json")
 
 
+HEAD = "id,hits,last_hit,opens,last_open,created,name\n"
+ID = "bcdfghjkmnpqrstvwxz22"
+HIT = f"2026-11-20T10:00:00Z,hit,{ID},1,1,human,browser"
+ODD = {  # register, log, and how a report begins
+    "a column named as a time": (
+        f"id;hits;opens;last_open;created;day;name;last_hit\n{ID};3;1;;;x;y;\n", "",
+        "21 to 100 % estimated, of 1 only"),
+    "of 2018": (f"{ID},joe,3,1600000000\n", "", "0 to 79 % estimated, of 1 only"),
+    "empty": ("", "", "nothing was sent"), "no rows": (HEAD, "", "nothing was sent"),
+    "no such times": (f"{HEAD}{ID},99999999999999,9999-99-99,5,,2026-13-45T99:99:99Z,"
+                      + "x" * 9999, "", "21 to 100 % estimated, of 1 only"),
+    "far times": (f"{HEAD}{ID},1,9999-12-31T23:59:59Z,1,9999-12-31T23:59:59Z,"
+                  "0001-01-01T00:00:00Z,n\n", "", "21 to 100 % estimated, of 1 only"),
+    "a torn log": (f"{HEAD}{ID},1,,1,,2026-11-20T09:00:00Z,n\n",
+                   f"\0\0\n2026-11-20T10:00:00Z,verdict,x\n,verdict,\n{HIT},,\xff\"\n"
+                   f"{HIT[:-9]}\n{'x' * 300_000}\n{HIT}", "21 to 100 % estimated"),
+}
+
+
+@pytest.mark.parametrize("form", ["text", "html", "json", "csv"])
+@pytest.mark.parametrize("register, log, words", ODD.values(), ids=ODD)
+def test_odd_registers_and_logs_are_reported(register, log, words, form, tmp_path,
+                                             monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save("register.csv", register)
+    save("register.events.csv", mailtracker.EVENT_HEADER.decode() + log)
+    assert report(capsys).startswith(words)
+    for by in ("day", "hour", "weekday", "name"):
+        assert report(capsys, "--by", by, "--local", "--format", form)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--by", "colour"], "no column colour; there are id, .*, day, hour, weekday"),
     (["--compare", "=A", "C"], "no campaign C; there are "),
