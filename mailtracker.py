@@ -1866,7 +1866,7 @@ def create_register(files: Files, columns: Collection[str] = ()) -> None:
 def _ensure_register(files: Files, columns: Collection[str] = ()) -> None:
     """Make a register where none ever was; bring back one that is missing.
 
-    It has some columns of LATER_COLUMNS then.
+    A new one has some extra columns.
     """
     folder = os.path.dirname(files.register)
     if not os.path.isdir(folder):
@@ -1875,11 +1875,15 @@ def _ensure_register(files: Files, columns: Collection[str] = ()) -> None:
         create_register(files, columns)
     elif not os.path.exists(files.register):
         settle(files)
-    if columns:
-        register = Register(files.register, files.register)
-        register.close()
-        if not register.at.keys() >= {*columns}:
-            settle(files, Settler(files, columns))
+
+
+def ensure_columns(files: Files, columns: Collection[str]) -> None:
+    """Have a register, and in it some columns of LATER_COLUMNS if that can be now."""
+    _ensure_register(files, columns)
+    register = Register(files.register, files.register)
+    register.close()
+    if not register.at.keys() >= {*columns}:
+        settle(files, Settler(files, columns))
 
 
 def add_tags(files: Files, tags: Sequence[Sequence[str]], making: Making) -> None:
@@ -1887,7 +1891,15 @@ def add_tags(files: Files, tags: Sequence[Sequence[str]], making: Making) -> Non
 
     They are on the disk when this returns. Raise TrackerError or OSError.
     """
-    _ensure_register(files, making.needed())
+    needed = making.needed()
+    _ensure_register(files, needed)
+    if not (_added(files, tags, making) or settle(files, Settler(files, needed))
+            and _added(files, tags, making)):
+        raise TrackerError(f"{files.register} is being saved; try again")
+
+
+def _added(files: Files, tags: Sequence[Sequence[str]], making: Making) -> bool:
+    """Append tags; False where the register has not the columns for them."""
     with lock_of(LOCK_SECONDS, *files.versions) as locked:
         if locked < 0:
             raise TrackerError(f"another command holds {files.register}; "
@@ -1895,7 +1907,7 @@ def add_tags(files: Files, tags: Sequence[Sequence[str]], making: Making) -> Non
         marks = read_marks(files)
         register = _register_to_append(files, tags, marks)
         if not register.at.keys() >= {*making.needed()}:
-            raise TrackerError(f"{files.register} is being saved; try again")
+            return False
         with _opened(files.register, os.O_RDWR | os.O_APPEND) as file:
             size, settled = os.fstat(file).st_size, stamp_of(file) == marks.register
             try:
@@ -1907,6 +1919,7 @@ def add_tags(files: Files, tags: Sequence[Sequence[str]], making: Making) -> Non
                 raise
             if settled and (not making.sent or "sent" in register.at):
                 write_marks(files, marks._replace(register=stamp_of(file), log=place))
+    return True
 
 
 def _register_to_append(files: Files, tags: Iterable[Sequence[str]], marks: Marks
@@ -7355,8 +7368,8 @@ class Relay:
             raise TrackerError(f"smarthost {smarthost.host}: {reply}")
         self.extensions = dict(smarthost.extensions)
         smarthost.close()
-        _ensure_register(files, Making("", status="sending",
-                                       columns=TAG_COLUMNS).needed())
+        ensure_columns(files, Making("", status="sending", columns=TAG_COLUMNS
+                                     ).needed())
         self.ledger = Ledger(files.log)
         user, password, _ = smarthost.login
         self.login = f"{user}\0{password()}".encode() if options.auth == "own" else b""

@@ -123,6 +123,15 @@ def test_cells_that_could_be_formulas_are_none_and_come_back_as_they_were(files,
         assert all(f"'{cell}," in text for cell in texts)
 
 
+def test_a_row_costs_one_look_at_the_register(files, monkeypatch):
+    queue(files, A)
+    looks, register = [], mailtracker.Register
+    monkeypatch.setattr(mailtracker, "Register",
+                        lambda *source: looks.append(source) or register(*source))
+    queue(files, B)
+    assert len(looks) == 1
+
+
 def test_the_log_holds_no_address(files):
     queue(files, A)
     with open(files.log) as file:
