@@ -6444,9 +6444,9 @@ def messages_in(options: argparse.Namespace, matters: Callable[[bytes], bool],
                 folder, "." + folder.replace("/", "."))]  # as in Maildir++
             found = [p for p in places if os.path.isdir(os.path.join(p, "cur"))]
             if not found:
-                raise TrackerError(f"no Maildir: {places[0]}")
+                raise FileNotFoundError(errno.ENOENT, "no Maildir", places[0])
             yield from maildir_messages(found[0], seconds(options.since), seen)
-    elif options.folder:
+    elif options.folder and (path == "-" or os.path.exists(path)):
         raise TrackerError(f"{path} is a file: it has no folders")
     elif path == "-" or stamp_of(path) not in seen:
         seen.add(stamp_of(path))
@@ -10747,21 +10747,28 @@ def follow_mailbox(files: Files, options: argparse.Namespace,
                    pause: Callable[[float], object] = time.sleep) -> None:
     """Scan a mailbox again and again; a Maildir, which is near, each second.
 
-    What is wrong is raised the first time, and noted later on.
+    What is wrong is raised the first time, but a mailbox that is not there yet is
+    waited for; later on it is noted, once until it changes.
     """
     seen: Set[Any] = set()
-    *lines, _ = scan_lines(files, options, seen)
+    is_begun, said = False, ""
     while True:
-        for line in lines:
-            print(line, flush=True)
-        pause(1.0 if os.path.isdir(options.mailbox) else 60.0)
         try:
             by_now = {*seen}
             *lines, _ = scan_lines(files, options, by_now)
             seen = by_now  # only now: what was found is in the log
+            is_begun, said = True, ""
         except (TrackerError, OSError) as error:
-            lines = []
-            note(explain(error))
+            if not is_begun and not isinstance(error, FileNotFoundError):
+                raise
+            lines, before = [], said
+            said = explain(error) + "; waiting for it" * (not is_begun)
+            if said != before:
+                note(said)
+        for line in lines:
+            print(line, flush=True)
+        is_far = "://" in options.mailbox or os.path.isfile(options.mailbox)
+        pause(60.0 if is_far else 1.0)
 
 
 def scan_lines(files: Files, options: argparse.Namespace, seen: Set[Any]

@@ -386,8 +386,10 @@ WRONG = [
     (["URL", "--password-command", "echo wrong"], "127.0.0.1: no such \\x1b[1muser"),
     (["URL", "--password-command", "false"], "--password-command exits 1"),
     (["imap://ann@127.0.0.1:1"], "127.0.0.1: Connection refused"),
-    (["nowhere"], "nowhere: No such file"), (["."], "no Maildir: ./"),
+    (["nowhere"], "nowhere: No such file"), (["."], "./: no Maildir"),
     ([MBOX, "--folder", "x"], "it has no folders"),
+    (["-", "--folder", "x"], "it has no folders"),
+    (["nowhere", "--folder", "x"], "nowhere: No such file"),
     (["-", "--follow"], "--follow needs a mailbox"),
     (["--follow", "--dry-run", "x"], "--follow goes without --dry-run"),
 ]
@@ -446,6 +448,31 @@ def test_a_maildir_is_followed_until_a_signal(number, files, box):
         process.send_signal(number)
         assert process.communicate(timeout=20) == (b"", b"") and process.returncode == 0
     assert register_rows(files.register)[A]["status"] == "replied"
+
+
+def test_a_maildir_that_is_not_there_yet_is_waited_for(files, tmp_path, capsys):
+    tag(files, (A, "", "bob@y.test", ""))
+    box = tmp_path / "box"
+    options = mailtracker.parse(["scan", str(box), "--follow"])
+    steps = [str, box.mkdir, str,
+             lambda: [(box / name).mkdir() for name in ("tmp", "new", "cur")],
+             lambda: (box / "new" / "1").write_bytes(message("", ANSWER)),
+             lambda: (box / "new").rename(box / "old"), str, str]
+    lengths = []
+
+    def pause(length):
+        lengths.append(length)
+        if not steps:
+            raise KeyboardInterrupt
+        steps.pop(0)()
+
+    with pytest.raises(KeyboardInterrupt):
+        mailtracker.follow_mailbox(files, options, pause)
+    out, err = capsys.readouterr()
+    assert out.count("replied: ") == out.count("\n") == 1 and {*lengths} == {1.0}
+    assert err == "".join(f"mailtracker: note: {what}\n" for what in (
+        f"{box}: No such file or directory; waiting for it",
+        f"{box}/: no Maildir; waiting for it", f"{box}/new: No such file or directory"))
 
 
 def test_follow_reads_each_message_once_and_outlives_a_failure(
