@@ -7856,9 +7856,9 @@ padding:.35rem .6rem;border:1px solid var(--dim);border-radius:5px}
 input,select,textarea{display:block;width:100%;min-height:2.4rem}
 summary{color:var(--link);cursor:pointer}pre{background:var(--card);padding:.6rem .8rem;
 white-space:pre-wrap}.state.opened{color:var(--opened)}h1,p,.text{overflow-wrap:anywhere}
-.tags td:not(.text){white-space:nowrap}
+[data-live] td:not(.text){white-space:nowrap}
 @media(max-width:40rem){dl{grid-template-columns:1fr 1fr}.wide{display:none}
-.tags td:not(.text):not(.n){white-space:normal}}
+[data-live] td:not(.text):not(.n){white-space:normal}}
 @media print{body{max-width:none;padding:0}dl div,figure,tr{break-inside:avoid}}
 """
 
@@ -8031,6 +8031,7 @@ def strip_chart(dots: Iterable[Tuple[float, str, str]]) -> str:
 # -- report: the figures by groups, as text and as a page ------------------------
 
 FUNNEL = ("clicked", "replied", "bounced")
+COUNTED = ("sent", "opened", *FUNNEL)  # columns of numbers, which stand on the right
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")  # as in %a
 
 
@@ -8185,8 +8186,7 @@ def report_lines(report: Report, names: Sequence[str], screen: int) -> Iterator[
             return cells
 
         yield from table_lines(list(report.heading()),
-                               starmap(shown, report.in_order()), 0, screen,
-                               ("sent", "opened", *FUNNEL))
+                               starmap(shown, report.in_order()), 0, screen, COUNTED)
         yield f"\nall: {rate_words(report.total)}"
         return
     yield rate_words(report.total)
@@ -8248,8 +8248,12 @@ def report_page(report: Report, names: Sequence[str]) -> str:
         body += columns_chart([(label, counts[label], 0) for label in labels],
                               f"{caption} ({zone})")
     if report.by:
-        body += table_html(f"By {escaped(report.by)}", report.heading(), (
-            report.cells(*group) for group in report.in_order()))
+        by = f"By {escaped(report.by)}"
+        body += f'<div class="scroll" tabindex="0" role="region" aria-label="{by}">' \
+            + table_html(by, {escaped(title): "n" * (title in COUNTED)
+                              for title in report.heading()}, (
+                map(escaped, report.cells(*group)) for group in report.in_order())
+            ) + "</div>\n"
     if names:
         body += "<h2>Compared</h2>\n" + "".join(
             f"<p>{escaped(line)}</p>\n" for line in report_lines(report, names, 0))
@@ -8264,18 +8268,23 @@ def last_days(until: float, clock: Callable[[float], time.struct_time]) -> List[
             for n in reversed(range(30))] if until else []
 
 
-def table_html(caption: str, heading: Sequence[str], rows: Iterable[Row]) -> str:
-    """Return a table of texts; the first of each row is what it tells of."""
-    def line(cells: Row) -> str:
-        first, *rest = map(escaped, cells)
-        return f'<tr><th scope="row">{first}</th>' + "".join(
-            f"<td{' class=n' * cell.isdecimal()}>{cell}</td>"
-            for cell in rest) + "</tr>\n"
+def table_html(caption: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]
+               ) -> str:
+    """Return a table of HTML; columns are titles and their classes.
 
-    titles = "".join(f'<th scope="col">{escaped(title)}</th>' for title in heading)
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
-            f"<table><caption>{caption}</caption>\n<thead><tr>{titles}</tr></thead>\n"
-            f"<tbody>\n{''.join(map(line, rows))}</tbody></table></div>\n")
+    The first cell of a row is what it tells of.
+    """
+    kinds = [f' class="{kind}"' * bool(kind) for kind in columns.values()]
+
+    def line(cells: Iterable[str]) -> str:
+        first, *rest = map("{}>{}".format, kinds, cells)
+        return f'<tr><th scope="row"{first}</th>' + "".join(
+            f"<td{cell}</td>" for cell in rest) + "</tr>\n"
+
+    titles = "".join(f'<th scope="col"{title}</th>'
+                     for title in map("{}>{}".format, kinds, columns))
+    return (f"<table><caption>{caption}</caption>\n<thead><tr>{titles}</tr></thead>\n"
+            f"<tbody>\n{''.join(map(line, rows))}</tbody></table>\n")
 
 
 # -- dashboard: a page to look at, and its API -----------------------------------
@@ -8854,12 +8863,20 @@ class Dashboard:
 
     def api_tag(self, given: Dict[str, Any]) -> Any:
         """A tag with its last events, the newest first, hits as judged by now."""
-        view, tag_id = self.watch.view(), given.get("id", "")
-        told = self._told(view, *view.find(tag_id))
-        events = [event for event in read_log(self._files.log, tag_id.encode())
-                  if event.id == tag_id]
-        return {**told, "events": [event_json(event) for event in [
-            *as_judged(events, self._links.find)][:-501:-1]]}
+        return {**self._tag(given),
+                "events": list(map(event_json, self._events(given)))}
+
+    def _tag(self, given: Mapping[str, str]) -> Dict[str, Any]:
+        """Return what the API tells of one tag; raise Problem."""
+        view = self.watch.view()
+        return self._told(view, *view.find(given.get("id", "")))
+
+    def _events(self, given: Mapping[str, str]) -> List[Event]:
+        """Return its events, as many as are told."""
+        tag_id = given.get("id", "")
+        return [*as_judged([event for event in read_log(
+            self._files.log, tag_id.encode()) if event.id == tag_id],
+            self._links.find)][:-501:-1]
 
     def api_events(self, given: Dict[str, Any]) -> Any:
         """Events of all tags, the oldest first."""
@@ -8914,9 +8931,9 @@ class Dashboard:
     def api_make(self, given: Dict[str, Any]) -> Any:
         """Make a tag."""
         tag_id, = new_ids(os.urandom(32))
-        view = self._change(add_tags, self._files, [(tag_id, one_line(given["name"]))],
-                            Making(utc_text(time.time())))
-        return 201, self._told(view, *view.find(tag_id)), {
+        self._change(add_tags, self._files, [(tag_id, one_line(given["name"]))],
+                     Making(utc_text(time.time())))
+        return 201, self._tag({"id": tag_id}), {
             "Location": f"{self._base}/api/tags/{tag_id}"}
 
     def api_forget(self, given: Dict[str, Any]) -> Any:
@@ -8925,10 +8942,10 @@ class Dashboard:
         self._change(forget_tags, self._files, {given["id"]})
         return 204, "", {}
 
-    def _change(self, how: Callable[..., object], *what: Any) -> View:
-        """Change register and log; return what they are then."""
+    def _change(self, how: Callable[..., object], *what: Any) -> None:
+        """Change register and log, and see what they are then."""
         how(*what)
-        return self.watch.view(since=time.monotonic())
+        self.watch.view(since=time.monotonic())
 
     # the pages
 
@@ -8946,11 +8963,12 @@ class Dashboard:
         figures, told = view.figures(q, "", days), self.api_tags(wanted)
         last = int(first) + len(told["data"])
         query = {"q": q, "state": state, "days": days, "cursor": told["next_cursor"]}
-        tags = TAGS_HTML.format(
-            caption=f"{int(first) + 1} to {last} of {plural(told['total'], 'tag')}",
-            older=f'<a href="./?{escaped(urlencode(query))}">Older &rsaquo;</a>'
-            if told["next_cursor"] else "",
-            rows="".join(row_html(tag, view.now) for tag in told["data"]))
+        tags = table_html(
+            f"{int(first) + 1} to {last} of {plural(told['total'], 'tag')}, newest "
+            "activity first", LIST_COLUMNS, (
+                tag_cells(tag, view.now) for tag in told["data"]))
+        if told["next_cursor"]:
+            tags += f'<p><a href="./?{escaped(urlencode(query))}">Older &rsaquo;</a>'
         spans = {n: f"{n} days" for n in sorted({7, 30, 90, 365, days} - {0})}
         return html_page(f"{figures.states['opened']} opened", LIST_HTML.format(
             news=self._news(view), q=escaped(q), caution=CAUTION, figures="".join(
@@ -8986,7 +9004,7 @@ class Dashboard:
         """Show one tag with its history."""
         from html import escape
 
-        view, told = self.watch.view(), self.api_tag(given)
+        view, told, events = self.watch.view(), self._tag(given), self._events(given)
         texts = {"name": told["name"] or "", **told["columns"]}
         fields = "".join(FIELD_HTML.format(
             column=escaped(column), text=escape(_CONTROL.sub(" ", text_in(text))),
@@ -8994,18 +9012,21 @@ class Dashboard:
             for column, text in texts.items())
         return html_page(called(told)[:80], TAG_HTML.format(
             called=escaped(called(told)[:1000]), story=story_html(told, view.now),
-            strip=strip_html(told), history=history_html(told["events"]),
-            caution=CAUTION,
+            id=escaped(told["id"]), tag=escaped(told["tag"]), caution=CAUTION,
+            strip=strip_html(told, events), history=table_html(
+                "What happened, the newest first", STORY_COLUMNS,
+                map(told_cells, events)) if events else NO_EVENT,
             fields=fields, made=", ".join(
                 f"{word} {time_html(told[key])}" for word, key in (
-                    ("Made", "created"), ("sent", "sent")) if told[key]),
-            **as_html(told)), self._foot(view))
+                    ("Made", "created"), ("sent", "sent")) if told[key])),
+            self._foot(view))
 
     def forget_page(self, given: Dict[str, Any]) -> Any:
         """Ask whether to forget a tag."""
-        told = self.api_tag(given)
+        told = self._tag(given)
         return html_page("Forget?", FORGET_HTML.format(
-            called=escaped(called(told)[:1000]), **as_html(told)))
+            called=escaped(called(told)[:1000]), id=escaped(told["id"]),
+            hits=told["hits"]))
 
     def make(self, given: Dict[str, Any]) -> Any:
         """Make a tag, and show it."""
@@ -9083,9 +9104,9 @@ def clock(when: float, form: str = "%H:%M:%S") -> str:
     return escaped(time.strftime(form, time.localtime(when)))
 
 
-def time_html(text: str, now: float = 0.0) -> str:
+def time_html(text: Optional[str], now: float = 0.0) -> str:
     """Return a time, or how long ago that was; UTC is seen on pointing at it."""
-    when = seconds(text)
+    when = seconds(text or "")
     if when != when:
         return ""
     words = clock(when, "%d %b %Y" if now else "%d %b %Y %H:%M")
@@ -9099,13 +9120,6 @@ def called(told: Mapping[str, Any]) -> str:
     """Return what a person knows a tag by."""
     names = told["name"], told["email"]
     return ", ".join(filter(None, names)) or short(told["id"], 1)
-
-
-def as_html(told: Mapping[str, Any], now: float = 0.0) -> Dict[str, str]:
-    """Return what the API tells of something as HTML; times as how long ago, or not."""
-    return {key: time_html(value, now) if _TIME.fullmatch(str(value))
-            else "" if value is None else escaped(str(value))
-            for key, value in told.items()}
 
 
 def options_html(chosen: object, choices: Mapping[Any, str]) -> str:
@@ -9142,12 +9156,14 @@ def state_html(told: Mapping[str, Any]) -> str:
     return f'<span class="state {state}">{sign}</span> {escaped(words)}'
 
 
-def row_html(told: Mapping[str, Any], now: float) -> str:
-    """Return a row of the table of tags."""
-    when = time_html(told["sent"] or told["created"] or "", now)
-    name = escaped(cut(called(told), 120))
-    return ROW_HTML.format(sign=state_html(told), called=name, when=when,
-                           **as_html(told, now))
+def tag_cells(told: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Yield the cells of LIST_COLUMNS for a tag."""
+    name, tag_id = escaped(cut(called(told), 120)), escaped(told["id"])
+    yield f'<a id="t-{tag_id}" href="tag?id={tag_id}">{name}</a>'
+    yield state_html(told)
+    yield str(told["opens"])
+    yield time_html(told["last_open"], now)
+    yield time_html(told["sent"] or told["created"], now)
 
 
 def story_html(told: Mapping[str, Any], now: float) -> str:
@@ -9163,25 +9179,23 @@ def story_html(told: Mapping[str, Any], now: float) -> str:
     return ": ".join(filter(None, (state_html(told), ", ".join(filter(None, facts)))))
 
 
-def strip_html(told: Mapping[str, Any]) -> str:
+def strip_html(told: Mapping[str, Any], events: Sequence[Event]) -> str:
     """Return the hits of a tag on an axis of time since sending."""
     since = seconds(told["sent"] or told["created"] or "")
-    hits = [(seconds(event["time"]) - since, event["verdict"] or "")
-            for event in told["events"][:200] if event["event"] in ("hit", "clicked")]
+    hits = [(seconds(event.time) - since, event.verdict)
+            for event in events[:200] if event.event in JUDGED]
     return strip_chart((age, "opened" if verdict in OPENS else "none",
                         f"{verdict}, after {lasting(age)}")
                        for age, verdict in hits if age == age) if hits else ""
 
 
-def history_html(events: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of events."""
-    rows = ""
-    for told in events:
-        _, why = words(Event(**{**told, "reason": told["reason"] or ""}), REASONS)
-        rows += EVENT_HTML.format(why=escaped(why.partition("clicked: ")[2] or why),
-                                  **as_html({**told, "detail": cut(
-                                      told["detail"] or "", 200)}))
-    return HISTORY_HTML.format(rows=rows) if rows else NO_EVENT
+def told_cells(event: Event) -> Iterator[str]:
+    """Yield the cells of STORY_COLUMNS for an event."""
+    _, why = words(event, REASONS)
+    yield time_html(event.time)
+    yield from map(escaped, (f"{event.event} {event.verdict}",
+                             why.partition("clicked: ")[2] or why, event.address,
+                             cut(event.detail, 200)))
 
 
 ICON = """<link rel=icon href="data:image/svg+xml,%3Csvg
@@ -9206,11 +9220,8 @@ shows it without being reloaded."""
 NO_MATCH = '<p>No tag is like that. <a href="./?days=0">Show all tags</a>'
 NO_HIT = """Nothing has opened any of them; <code>mailtracker.py doctor</code> tells
 whether anything could."""
-TAGS_HTML = """<table class=tags><caption>{caption}, newest activity first</caption>
-<thead><tr><th scope=col>Name<th scope=col>State<th scope=col class=n>Opens<th scope=col
-class=wide>Last open<th scope=col class=wide>Sent<tbody>{rows}</table><p>{older}"""
-ROW_HTML = """<tr><th scope=row><a id=t-{id} href="tag?id={id}">{called}</a><td>{sign}
-<td class=n>{opens}<td class=wide>{last_open}<td class=wide>{when}"""
+LIST_COLUMNS = {"Name": "", "State": "", "Opens": "n", "Last open": "wide",
+                "Sent": "wide"}
 TAG_HTML = """<p><a href="./">&lsaquo; All tags</a><h1>{called}</h1><div id=tag
 data-live><p>{story}<p class=dim>{made}. Id <code>{id}</code>{strip}{history}</div>
 <form><label>Tag, to paste into a mail <input readonly value="{tag}"></label><button
@@ -9220,11 +9231,8 @@ column that you add to the register appears here.</details><p><a
 href="forget?id={id}">Forget this tag&hellip;</a><p class="note dim">{caution}"""
 FIELD_HTML = """<input type=hidden name="was {column}" value="{text}"><label>{column}
 <textarea name="new {column}" rows={rows}>\n{text}</textarea></label>"""
-HISTORY_HTML = """<table class=tags><caption>What happened, the newest first</caption>
-<thead><tr><th scope=col>When<th scope=col>What<th scope=col>Why<th scope=col
-class=wide>Network<th scope=col class=wide>Detail<tbody>{rows}</table>"""
-EVENT_HTML = """<tr><td>{time}<td>{event} {verdict}<td class=text>{why}<td
-class=wide>{address}<td class="wide text">{detail}"""
+STORY_COLUMNS = {"When": "", "What": "", "Why": "text", "Network": "wide",
+                 "Detail": "wide text"}
 NO_EVENT = "<p>Nothing of this tag is in the event log."
 FORGET_HTML = """<h1>Forget {called}?</h1><p>Its row, its hits ({hits}) and all else
 that is known of it go for good, from the backup and the log as well. Its pixel is still
