@@ -8355,6 +8355,8 @@ class Ask(NamedTuple):
 
 def read_ask(received: bytes) -> Optional[Ask]:
     """Return a request if all of it is there, else None; raise Problem (RFC 9112)."""
+    from urllib.parse import parse_qsl
+
     head, end, body = received.partition(b"\r\n\r\n")
     line, _, rest = (head + b"\r\n").partition(b"\r\n")
     if len(head) > MOST_HEAD:
@@ -8374,18 +8376,8 @@ def read_ask(received: bytes) -> Optional[Ask]:
         raise Problem(413)
     path, _, query = first[2].decode().partition("?")
     body, is_whole = body[:int(length)], len(body) >= int(length)
-    return Ask(first[1].decode(), path, fields_of(query), headers,
+    return Ask(first[1].decode(), path, parse_qsl(query, True), headers,
                body.decode("utf-8", "replace")) if is_whole else None
-
-
-def fields_of(text: str) -> List[Tuple[str, str]]:
-    """Return the names and values of a query or a form; raise Problem for too many."""
-    from urllib.parse import parse_qsl
-
-    try:
-        return parse_qsl(text, keep_blank_values=True, max_num_fields=500)
-    except ValueError:
-        raise Problem(400, "too many fields") from None
 
 
 class View:
@@ -8451,28 +8443,24 @@ class View:
         """Return the numbers of rows with a text, in a state, sent in so many days."""
         from array import array
 
-        order, since, states = self._order, self.since, self.states
-        if q:
-            found = set(self._with(re.sub("[\x1e\x1f]", " ", q.casefold())))
-            order = array("I", (n for n in order if n in found))
-        if days:
-            first = self.now - days * 86400
-            order = array("I", (n for n in order if since[n] >= first))
-        if state:
-            wanted = [*KINDS].index(state)
-            order = array("I", (n for n in order if states[n] == wanted))
-        return order
+        found = set(self._with(re.sub("[\x1e\x1f]", " ", q.casefold()))) if q else ()
+        wanted, first = [*KINDS, ""].index(state), self.now - days * DAY
+        return array("I", (
+            n for n in self._order if (not q or n in found)
+            and (not days or self.since[n] >= first)
+            and (not state or self.states[n] == wanted))) if q or days or state \
+            else self._order
 
     def figures(self, q: str, state: str, days: int) -> Figures:
         """Return what those rows come to."""
-        found = self._figures.get((q, state, days))
-        if not found:
-            found = self._figures[q, state, days] = Figures()
-            for _, row in self.rows(sorted(self.chosen(q, state, days))):
+        key = q, state, days
+        if key not in self._figures:
+            if len(self._figures) > 20:
+                self._figures.clear()
+            found = self._figures[key] = Figures()
+            for _, row in self.rows(sorted(self.chosen(*key))):
                 found.add(*self._read(row), self.now)
-            while len(self._figures) > 20:
-                del self._figures[next(iter(self._figures))]
-        return found
+        return self._figures[key]
 
 
 def joined(rows: Sequence[Row]) -> str:
@@ -8627,11 +8615,11 @@ ROUTES = (
     Route("GET", "/api/stats", "api_stats", {"type": "object"}, _FILTER),
     Route("GET", "/api/openapi.json", "api_description", {"type": "object"}),
     Route("GET", "/health", "health", _object(status={"const": "ok"})),
+    Route("GET", "/login", "log_in"),
     Route("GET", "/", "list_page"),
     Route("POST", "/new", "make"),
     Route("GET", "/tag", "tag_page"),
     Route("POST", "/tag", "edit"),
-    Route("GET", "/forget", "forget_page"),
     Route("POST", "/forget", "forget"),
 )
 ALIASES = {"/api/tracks": "/api/tags", "/api/opens/recent": "/api/events"}
@@ -8705,12 +8693,11 @@ class Dashboard:
         is_head = ask is not None and ask.method == "HEAD"
         return b"".join(reply.partition(b"\r\n\r\n")[:2]) if is_head else reply
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Do nothing: a change is made before it is answered."""
-
-    def tend(self) -> bool:
-        """Do nothing each second."""
         return False
+
+    tend = flush
 
     def _answer(self, ask: Ask) -> bytes:
         """Return the answer to a request; raise Problem."""
@@ -8721,9 +8708,7 @@ class Dashboard:
             path = path[len(self._base):]  # which a proxy may take away or not
         for alias, name in ALIASES.items():
             path = re.sub(f"^{alias}(?=/|$)", name, path)
-        if path == "/login":
-            return self._log_in(dict(ask.query).get("token", ""))
-        right = "read" if path == "/health" else self._right(ask)
+        right = "read" if path in ("/health", "/login") else self._right(ask)
         route, which = self._route(ask.method, path)
         if right == "read" and route.method != "GET":
             raise Problem(403, "this key may only read")
@@ -8756,9 +8741,10 @@ class Dashboard:
                ) -> Dict[str, Any]:
         """Return what a request says: checked for the API, as it comes for a page."""
         import json
+        from urllib.parse import parse_qsl
 
         if not route.schema:
-            return dict((*fields_of(ask.body), *ask.query))
+            return dict((*parse_qsl(ask.body, True), *ask.query))
         pairs: List[Tuple[str, Any]] = [*which.items(), *ask.query]
         if route.method == "POST":
             kind = ask.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -8805,13 +8791,14 @@ class Dashboard:
                 raise Problem(403, "this came from another site")
         return right or self._shut_out(token)
 
-    def _log_in(self, token: str) -> bytes:
-        if not self._keys.allows(token, "login"):
-            self._shut_out(token)
+    def log_in(self, given: Dict[str, Any]) -> Any:
+        """Let in whoever has followed a link."""
+        if not self._keys.allows(given.get("token", ""), "login"):
+            self._shut_out(given.get("token", ""))
         session = self._keys.token("session", time.time() + SESSION_SECONDS)
-        return http_answer(303, "", {"Location": "./", "Set-Cookie": (
+        return 303, "", {"Location": "./", "Set-Cookie": (
             f"{self._cookie}={session}; HttpOnly; SameSite=Lax; "
-            f"Max-Age={SESSION_SECONDS:.0f}; Path={self._path}")})
+            f"Max-Age={SESSION_SECONDS:.0f}; Path={self._path}")}
 
     def _shut_out(self, token: str) -> str:
         """Raise Problem; who guesses is heard ten times a second, and once a minute."""
@@ -8840,7 +8827,7 @@ class Dashboard:
     def api_tags(self, given: Dict[str, Any]) -> Any:
         """Tags, those with the newest activity first."""
         view, first = self.watch.view(), int(given["cursor"])
-        numbers = view.chosen(given["q"], given["state"], given["days"])
+        numbers = view.chosen(*(given[name] for name in _FILTER))
         last = first + given["limit"]
         return {"data": [self._told(view, *found)
                          for found in view.rows(numbers[first:last])],
@@ -8859,7 +8846,8 @@ class Dashboard:
                          for key, form in (("tag", "html"), ("url", "url"))})
         return {**{key: cells.get(key) or None for key in _TAG},
                 **{column: int(cells[column]) for column in COUNTS},
-                "columns": {column: cells[column] for column in users(view.columns)}}
+                "columns": {column: cells[column] for column in view.columns
+                            if column not in (*OWN_COLUMNS, *LATER_COLUMNS)}}
 
     def api_tag(self, given: Dict[str, Any]) -> Any:
         """A tag with its last events, the newest first, hits as judged by now."""
@@ -8880,14 +8868,12 @@ class Dashboard:
 
     def api_events(self, given: Dict[str, Any]) -> Any:
         """Events of all tags, the oldest first."""
-        events, cursor = log_page(self._files.log, given["cursor"], given["limit"],
-                                  given["verdict"])
+        events, cursor = log_page(self._files.log, **given)
         return {"data": list(map(event_json, events)), "next_cursor": cursor}
 
     def api_stats(self, given: Dict[str, Any]) -> Any:
         """What tags come to; rates are fractions, half_opened_after is in seconds."""
-        return self.watch.view().figures(
-            given["q"], given["state"], given["days"]).as_json()
+        return self.watch.view().figures(**given).as_json()
 
     def api_description(self, _: Dict[str, Any]) -> Any:
         """This description, by OpenAPI 3.1."""
@@ -9012,7 +8998,8 @@ class Dashboard:
             for column, text in texts.items())
         return html_page(called(told)[:80], TAG_HTML.format(
             called=escaped(called(told)[:1000]), story=story_html(told, view.now),
-            id=escaped(told["id"]), tag=escaped(told["tag"]), caution=CAUTION,
+            id=escaped(told["id"]), tag=escaped(told["tag"]), hits=told["hits"],
+            caution=CAUTION,
             strip=strip_html(told, events), history=table_html(
                 "What happened, the newest first", STORY_COLUMNS,
                 map(told_cells, events)) if events else NO_EVENT,
@@ -9020,13 +9007,6 @@ class Dashboard:
                 f"{word} {time_html(told[key])}" for word, key in (
                     ("Made", "created"), ("sent", "sent")) if told[key])),
             self._foot(view))
-
-    def forget_page(self, given: Dict[str, Any]) -> Any:
-        """Ask whether to forget a tag."""
-        told = self._tag(given)
-        return html_page("Forget?", FORGET_HTML.format(
-            called=escaped(called(told)[:1000]), id=escaped(told["id"]),
-            hits=told["hits"]))
 
     def make(self, given: Dict[str, Any]) -> Any:
         """Make a tag, and show it."""
@@ -9092,11 +9072,6 @@ def html_page(title: str, main: str, foot: str = "") -> str:
     """Return a page of the dashboard; main is HTML."""
     return page_html(f"{title} - Mail tracker", PAGE_HTML.format(
         main=main, foot=escaped(foot), script=SCRIPT), ICON)
-
-
-def users(columns: Sequence[str]) -> List[str]:
-    """Return the columns that are the user's own."""
-    return [c for c in columns if c not in OWN_COLUMNS and c not in LATER_COLUMNS]
 
 
 def clock(when: float, form: str = "%H:%M:%S") -> str:
@@ -9227,17 +9202,16 @@ data-live><p>{story}<p class=dim>{made}. Id <code>{id}</code>{strip}{history}</d
 <form><label>Tag, to paste into a mail <input readonly value="{tag}"></label><button
 type=button class=copy hidden>Copy</button></form><details><summary>Edit</summary><form
 method=post action="tag?id={id}">{fields}<button>Save</button></form><p class=dim>A
-column that you add to the register appears here.</details><p><a
-href="forget?id={id}">Forget this tag&hellip;</a><p class="note dim">{caution}"""
+column that you add to the register appears here.</details><details><summary>Forget
+</summary><p>Its row, its hits ({hits}) and all else that is known of it go for good,
+from the backup and the log as well. Its pixel is still answered, but nothing is counted
+any more.<form method=post action="forget?id={id}"><button>Forget it</button></form>
+</details><p class="note dim">{caution}"""
 FIELD_HTML = """<input type=hidden name="was {column}" value="{text}"><label>{column}
 <textarea name="new {column}" rows={rows}>\n{text}</textarea></label>"""
 STORY_COLUMNS = {"When": "", "What": "", "Why": "text", "Network": "wide",
                  "Detail": "wide text"}
 NO_EVENT = "<p>Nothing of this tag is in the event log."
-FORGET_HTML = """<h1>Forget {called}?</h1><p>Its row, its hits ({hits}) and all else
-that is known of it go for good, from the backup and the log as well. Its pixel is still
-answered, but nothing is counted any more.<form method=post action="forget?id={id}">
-<button>Forget it</button> <a href="tag?id={id}">Keep it</a></form>"""
 
 SCRIPT = """
 const line = document.getElementById('line'), live = '[data-live]';
