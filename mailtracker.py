@@ -9037,35 +9037,23 @@ def event_json(event: Event) -> Dict[str, Any]:
 
 
 def http_answer(status: int, body: Any, headers: Mapping[str, str]) -> bytes:
-    """Return a whole response; what is no text is told as JSON."""
+    """Return a whole response; what is no text is told as JSON.
+
+    No script or style but ours may ever run.
+    """
     import json
+    from hashlib import sha256
     from http import HTTPStatus
 
     kind = "text/html; charset=utf-8" if isinstance(body, str) else \
         "application/json" if status < 400 else "application/problem+json"
     data = (body if isinstance(body, str) else json.dumps(body)).encode(
         "utf-8", "replace")
-    lines = {"Content-Type": kind, "Content-Length": len(data), **page_headers(),
-             **headers}
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{head}\r\n".encode(
-        "latin-1", "replace") + data
-
-
-@lru_cache(maxsize=1)
-def page_headers() -> Dict[str, str]:
-    """Return the headers of all answers: no script or style but ours may ever run."""
-    from hashlib import sha256
-
-    script, style = (b2a_base64(sha256(text.encode()).digest()).decode().strip()
+    script, style = (b2a_base64(sha256(text.encode()).digest(), newline=False).decode()
                      for text in (SCRIPT, STYLE))
-    return {
-        "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{script}'; "
-        f"style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-        "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
-        "Cross-Origin-Opener-Policy": "same-origin", "Connection": "close"}
+    head = HTTP_HEAD.format(HTTPStatus(status), kind, len(data), script, style) \
+        + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+    return head.encode("latin-1", "replace") + data
 
 
 def html_page(title: str, main: str, foot: str = "") -> str:
@@ -9173,6 +9161,19 @@ def told_cells(event: Event) -> Iterator[str]:
                              cut(event.detail, 200)))
 
 
+HTTP_HEAD = """HTTP/1.1 {0.value} {0.phrase}\r
+Content-Type: {1}\r
+Content-Length: {2}\r
+Content-Security-Policy: default-src 'none'; script-src 'sha256-{3}'; style-src \
+'sha256-{4}'; connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; \
+frame-ancestors 'none'\r
+Cache-Control: private, no-cache\r
+X-Content-Type-Options: nosniff\r
+Referrer-Policy: no-referrer\r
+Cross-Origin-Resource-Policy: same-origin\r
+Cross-Origin-Opener-Policy: same-origin\r
+Connection: close\r
+"""
 ICON = """<link rel=icon href="data:image/svg+xml,%3Csvg
 xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='50%25' cy='50%25' r='45%25'
 fill='%232f6fd0'/%3E%3C/svg%3E">"""
