@@ -250,12 +250,24 @@ def test_the_key_is_its_owners_alone_and_without_it_nobody_is_in(client):
     assert os.path.dirname(path) not in body
 
 
+def each(status, method, *paths):
+    return [(path, method, status) for path in paths]
+
+
 @pytest.mark.parametrize("path, method, status", [
-    ("/", "GET", 200), (f"/tag?id={ADA}", "GET", 200),
-    ("/health", "GET", 200), ("/api/tags", "GET", 200), ("/api/stats", "HEAD", 200),
-    ("/nothing", "GET", 404), ("/tag?id=x", "GET", 404), ("/api/tags/x", "GET", 404),
-    ("/", "PUT", 405), ("/api/tags", "DELETE", 405), ("/api/tags", "BREW", 405),
-    ("/api/tags?days=x", "GET", 422), ("/api/tags", "POST", 415)])
+    *each(200, "GET", "/", f"/tag?id={ADA}", "/health", "/api/tags"),
+    *each(200, "HEAD", "/api/stats", "/"),
+    *each(404, "GET", "/nothing", "/tag?id=x", "/api/tags/x", "/api/tracksx"),
+    *each(405, "PUT", "/"), *each(405, "DELETE", "/api/tags"),
+    *each(405, "BREW", "/api/tags"), *each(405, "GET", f"/forget?id={ADA}"),
+    *each(415, "POST", "/api/tags"),
+    *each(422, "GET", *("/api/tags?" + query for query in (
+        "days=", "days=0", "days=x", "days=1.5", "days=%D9%A1", "days=99999",
+        "limit=0", "limit=201", "cursor=-1", "cursor=1e9", "cursor=9999999999",
+        "state=", "state=open", "x=1", "q=a&q=b", "q=" + "x" * 201, "cursor=1%0A")),
+        *("/api/events?cursor=" + cursor for cursor in (
+            "-", "1", "x-1", "1-1-1", "", "1-" + "9" * 19, "-1-1")),
+        f"/api/tags/{ADA}?x=1", f"/api/tags/{ADA}?id={BOB}", "/api/tags/" + "x" * 41)])
 def test_every_answer_has_the_headers_that_keep_a_browser_safe(
         client, path, method, status):
     got, headers, body = client.ask(path, method)
@@ -267,9 +279,11 @@ def test_every_answer_has_the_headers_that_keep_a_browser_safe(
         "default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
         "form-action": "'self'", "base-uri": "'none'", "frame-ancestors": "'none'"}
     if status == 405:
-        assert headers["allow"] in ("GET, HEAD", "GET, POST, HEAD")
-    if status >= 400 and path.startswith("/api/") and method != "HEAD":
-        assert json.loads(body)["status"] == status
+        assert headers["allow"] in ("GET, HEAD", "GET, POST, HEAD", "POST")
+    if status >= 400 and path.startswith("/api/"):
+        problem = json.loads(body)
+        assert problem["status"] == status and problem["title"]
+        assert problem["detail"] or status == 405
     assert "set-cookie" not in headers
 
 
@@ -328,15 +342,6 @@ def test_tags_are_filtered_and_come_in_pages(client, query, names):
     assert (told["next_cursor"] == "2") is (query == "limit=2")
 
 
-@pytest.mark.parametrize("query", [
-    "days=", "days=0", "days=x", "days=1.5", "days=%D9%A1", "days=99999", "limit=0",
-    "limit=201", "cursor=-1", "cursor=1e9", "cursor=9999999999", "state=", "state=open",
-    "x=1", "q=a&q=b", "q=" + "x" * 201, "cursor=1%0A"])
-def test_the_api_refuses_what_its_schema_does_not_allow(client, query):
-    status, told = client.api(f"/api/tags?{query}")
-    assert status == 422 and told["title"] and told["detail"]
-
-
 def test_a_tag_is_told_with_its_events_the_newest_first(client):
     status, told = client.api(f"/api/tags/{ADA}")
     assert status == 200 and told["state"] == "opened"
@@ -389,7 +394,6 @@ def test_the_old_names_of_the_api_lead_to_the_same(client):
     for old, new in (("/api/tracks", "/api/tags"), ("/api/opens/recent", "/api/events"),
                      (f"/api/tracks/{ADA}", f"/api/tags/{ADA}")):
         assert client.api(old) == client.api(new)
-    assert client.api("/api/tracksx")[0] == 404
 
 
 def test_the_description_tells_of_every_route_and_the_answers_keep_to_it(client):
@@ -448,8 +452,6 @@ def test_a_cursor_of_events_outlives_rotation_torn_lines_and_truncation(client):
     for number in range(os.stat(files.log).st_size):
         assert everything(client, cursor=f"{os.stat(files.log).st_ino}-{number}"
                           )[0] in (["new"], [])
-    for bad in ("-", "1", "x-1", "1-1-1", "", "1-" + "9" * 19, "-1-1"):
-        assert client.api(f"/api/events?cursor={bad}")[0] == 422
     for path in mailtracker.log_files(files.log):
         os.unlink(path)
     assert everything(client) == ([], "0")
@@ -673,7 +675,9 @@ def test_what_the_program_counts_cannot_be_edited(files, client_of, column):
     assert Path(files.register).read_bytes() == before.encode()
 
 
-def test_an_edit_keeps_what_a_person_saves_at_the_same_time(files, client_of):
+def test_an_edit_keeps_what_a_person_saves_at_the_same_time(
+        files, client_of, monkeypatch):
+    monkeypatch.setattr(mailtracker, "SAVING", 0.3)
     save(files.register, REGISTER)
     client = client_of(files)
     text = REGISTER.replace("ann", "anna")
@@ -685,7 +689,7 @@ def test_an_edit_keeps_what_a_person_saves_at_the_same_time(files, client_of):
 
 def test_a_tag_is_forgotten_after_a_question(client):
     assert "Its row, its hits (2)" in client.page(f"/tag?id={ADA}")
-    assert client.ask(f"/forget?id={ADA}")[0] == 405 and ADA in client.page()
+    assert ADA in client.page()
     assert client.post(f"/forget?id={ADA}") == (303, "./")
     assert ADA not in client.page() and client.ask(f"/tag?id={ADA}")[0] == 404
     assert client.post(f"/forget?id={ADA}")[0] == 404
@@ -934,5 +938,6 @@ def test_a_lost_connection_and_a_lost_session_are_said(filled, watching):
     tab, url = watching
     page = tab()
     os.unlink(filled.key)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     page.until("document.getElementById('line').innerText.startsWith('Logged out')")
     assert "Ada" in page.evaluate("document.body.innerText")
