@@ -8330,6 +8330,10 @@ class Keys:
         digest = hmac.new(self._secret(), text.encode(), "sha256").hexdigest()
         return f"{until:.0f}.{digest}"
 
+    def link(self, url: str) -> str:
+        """Return a link that lets its reader in, for some minutes."""
+        return f"{url}login?token={self.token('login', time.time() + LOGIN_SECONDS)}"
+
     def allows(self, token: str, purpose: str) -> bool:
         """Tell whether a token is for a purpose, and not expired."""
         from hmac import compare_digest
@@ -8358,26 +8362,27 @@ def read_ask(received: bytes) -> Optional[Ask]:
     from urllib.parse import parse_qsl
 
     head, end, body = received.partition(b"\r\n\r\n")
-    line, _, rest = (head + b"\r\n").partition(b"\r\n")
     if len(head) > MOST_HEAD:
         raise Problem(431)
     if not end:
         return None
-    first = re.fullmatch(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.[01]", line)
+    found = re.fullmatch(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.[01]\r\n(%b)"
+                         % _HEADERS.pattern, head + end)
+    if not found:
+        raise Problem(400)
+    method, target, lines = (part.decode("latin-1") for part in found.groups())
     headers: Dict[str, str] = {}
-    for name, value in re.findall(rb"([^:\n]+):([^\r]*)\r\n", rest):
-        key, text = name.decode("latin-1").lower(), value.strip().decode("latin-1")
+    for name, text in re.findall(r"([^:\n]+):([^\r]*)\r\n", lines):
+        key, text = name.lower(), text.strip(" \t")
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
     length = headers.get("content-length", "0")
-    if not first or not _HEADERS.fullmatch(rest + b"\r\n") \
-            or "transfer-encoding" in headers or not re.fullmatch("[0-9]{1,9}", length):
+    if "transfer-encoding" in headers or not re.fullmatch("[0-9]{1,9}", length):
         raise Problem(400)
     if int(length) > MOST_BODY:
         raise Problem(413)
-    path, _, query = first[2].decode().partition("?")
-    body, is_whole = body[:int(length)], len(body) >= int(length)
-    return Ask(first[1].decode(), path, parse_qsl(query, True), headers,
-               body.decode("utf-8", "replace")) if is_whole else None
+    path, _, query = target.partition("?")
+    return Ask(method, path, parse_qsl(query, True), headers, body[:int(length)].decode(
+        "utf-8", "replace")) if len(body) >= int(length) else None
 
 
 class View:
@@ -8945,16 +8950,15 @@ class Dashboard:
                 wanted[name] = by_schema(name, given[name], _LIST[name])
         if "days" not in given:
             wanted["days"] = 30 if len(view.chosen("", "", 30)) else 0
-        q, state, days, _, first = wanted.values()
+        q, state, days, _, cursor = wanted.values()
         figures, told = view.figures(q, "", days), self.api_tags(wanted)
-        last = int(first) + len(told["data"])
-        query = {"q": q, "state": state, "days": days, "cursor": told["next_cursor"]}
+        first, last = int(cursor) + 1, int(cursor) + len(told["data"])
         tags = table_html(
-            f"{int(first) + 1} to {last} of {plural(told['total'], 'tag')}, newest "
-            "activity first", LIST_COLUMNS, (
-                tag_cells(tag, view.now) for tag in told["data"]))
+            f"{first} to {last} of {plural(told['total'], 'tag')}, newest activity "
+            "first", LIST_COLUMNS, (tag_cells(tag, view.now) for tag in told["data"]))
         if told["next_cursor"]:
-            tags += f'<p><a href="./?{escaped(urlencode(query))}">Older &rsaquo;</a>'
+            older = urlencode({**wanted, "cursor": told["next_cursor"]})
+            tags += f'<p><a href="./?{escaped(older)}">Older &rsaquo;</a>'
         spans = {n: f"{n} days" for n in sorted({7, 30, 90, 365, days} - {0})}
         return html_page(f"{figures.states['opened']} opened", LIST_HTML.format(
             news=self._news(view), q=escaped(q), caution=CAUTION, figures="".join(
@@ -11404,7 +11408,7 @@ def cmd_dashboard(options: argparse.Namespace) -> int:
     if options.link and not port:
         options.parser.error("--link: say at which --port")
     if options.link:
-        return print_lines([login_link(keys, dashboard_url(options, port))])
+        return print_lines([keys.link(dashboard_url(options, port))])
     with make_listener(options.host, port) as listener, ExitStack() as stack:
         lines, signals, _ = begin(options)
         stack.enter_context(lines)
@@ -11416,10 +11420,10 @@ def cmd_dashboard(options: argparse.Namespace) -> int:
         greet(listener, lines, f"showing {options.register} on http://",
               "; dashboard --link prints a link that lets you in")
         if sys.stdout.isatty():
-            print(login_link(keys, url), flush=True)
+            print(keys.link(url), flush=True)
         if options.open:
             stack.enter_context(opened_in_browser(
-                os.path.dirname(files.key), login_link(keys, url)))
+                os.path.dirname(files.key), keys.link(url)))
         server.serve(signals)
     return 0
 
@@ -11428,11 +11432,6 @@ def dashboard_url(options: argparse.Namespace, port: int) -> str:
     """Return where a browser finds the dashboard."""
     host = f"[{options.host}]" if ":" in options.host else options.host
     return str(options.admin_url or f"http://{host}:{port}/")
-
-
-def login_link(keys: Keys, url: str) -> str:
-    """Return a link that lets its reader in, for some minutes."""
-    return f"{url}login?token={keys.token('login', time.time() + LOGIN_SECONDS)}"
 
 
 @contextmanager
