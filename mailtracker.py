@@ -9437,6 +9437,42 @@ class Outcome(NamedTuple):
     is_gone: bool = False
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in whatever takes longer, however it trickles in."""
+    def end(*_: object) -> NoReturn:
+        raise TimeoutError(errno.ETIMEDOUT, f"no whole answer within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def answer_of(connection: Any, *request: Any, most: int = 0) -> Tuple[Any, bytes]:
+    """Return the answer to a request, and no more bytes of its body than wanted.
+
+    Raise OSError, or TrackerError where something else than HTTP comes.
+    """
+    from http.client import HTTPException
+
+    try:
+        connection.request(*request)
+        answer = connection.getresponse()
+        body = answer.read(most) if most else b""
+        if len(body) < most and answer.length:  # it breaks off
+            raise HTTPException
+        return answer, body
+    except HTTPException:
+        raise TrackerError("it does not answer as a web server does; see what "
+                           "listens there") from None
+    finally:
+        connection.close()
+
+
 class Webhook:
     """A URL that is told by POST, as Standard Webhooks 1.0.0 says."""
 
@@ -9458,25 +9494,17 @@ class Webhook:
                                ) from None
 
     def tell(self, notice: Notice) -> Outcome:
-        """Tell it something; a redirect is not followed. Raise OSError."""
+        """Tell it something; a redirect is not followed. Raise OSError, TrackerError.
+        """
         import json
-        from http.client import HTTPConnection, HTTPException, HTTPSConnection
-        from ssl import create_default_context
+        from http.client import HTTPConnection, HTTPSConnection
 
         body = json.dumps(self._payload(notice, self._topic)).encode()
-        where, limit = (self._url.hostname or "", self._url.port), self.SECONDS
-        connection = HTTPConnection(*where, timeout=limit) \
-            if self._url.scheme == "http" else HTTPSConnection(
-                *where, timeout=limit, context=create_default_context())
-        try:
-            with limited(connection, limit):
-                connection.request(
-                    "POST", self._target, body, self._head(notice.id, body))
-                answer = connection.getresponse()
-        except HTTPException:
-            return Outcome("no answer of HTTP")
-        finally:
-            connection.close()
+        kind = HTTPConnection if self._url.scheme == "http" else HTTPSConnection
+        connection = kind(self._url.hostname or "", self._url.port)
+        with time_limit(self.SECONDS):
+            answer, _ = answer_of(connection, "POST", self._target, body,
+                                  self._head(notice.id, body))
         status = f"{answer.status} {answer.reason}"[:99]
         return Outcome("" if 200 <= answer.status < 300 else status, retry_after(
             answer.getheader("Retry-After") or ""), answer.status == 410)
@@ -9491,27 +9519,6 @@ class Webhook:
                 "User-Agent": f"mailtracker/{__version__}", "webhook-id": notice_id,
                 "webhook-timestamp": when, **({"webhook-signature": "v1," + b2a_base64(
                     signed.digest(), newline=False).decode()} if self._key else {})}
-
-
-@contextmanager
-def limited(connection: Any, length: float) -> Iterator[None]:
-    """Connect, and let nothing take longer than so many seconds in total."""
-    import socket
-    from threading import Timer
-
-    def end() -> None:
-        with suppress(OSError):  # it has ended
-            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
-
-    deadline = time.monotonic() + length
-    connection.connect()
-    connection.sock.settimeout(None)  # the timer wakes it
-    timer = Timer(deadline - time.monotonic(), end)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def retry_after(text: str) -> float:
@@ -9821,21 +9828,6 @@ class Finding(NamedTuple):
 def told(*cases: Tuple[object, str, str, str]) -> List[Found]:
     """Return of some cases those that are so: whether, level, what, what to do."""
     return [case[1:] for case in cases if case[0]]
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in whatever takes longer, however it trickles in."""
-    def end(*_: object) -> NoReturn:
-        raise TimeoutError(errno.ETIMEDOUT, f"no whole answer within {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
@@ -10221,32 +10213,20 @@ class Doctor:
                              f"the certificate ends in {lasting(left)}",
                              "renew it, and see why nothing does so by itself"))
 
-    def _fetch(self, address: str, tag_id: str, *lines: str) -> Tuple[Any, bytes, str]:
+    def _fetch(self, address: str, tag_id: str, **more: str) -> Tuple[Any, bytes, str]:
         """Return the answer to the GET of a pixel, its body, and who asked."""
-        import io
-        from http.client import HTTPException, HTTPResponse
+        from http.client import HTTPConnection
         from urllib.parse import urlsplit
 
-        parts, data = urlsplit(self._url.replace("{id}", tag_id)), b""
-        request = (f"GET {parts._replace(scheme='', netloc='').geturl()} HTTP/1.1",
-                   f"Host: {parts.netloc}", "User-Agent: mailtracker-doctor",
-                   "Connection: close", *lines, "", "")
-        with time_limit(ANSWER_SECONDS), self._line(address) as line:
-            own = plain_address(line.getsockname()[0])
-            line.sendall("\r\n".join(request).encode())
-            for block in iter(lambda: line.recv(MOST_ANSWER), b""):
-                data += block
-                if len(data) >= MOST_ANSWER:
-                    break
-        received: Any = SimpleNamespace(
-            makefile=lambda _: io.BytesIO(data[:MOST_ANSWER]))
-        reply: Any = HTTPResponse(received)
-        try:
-            reply.begin()
-            return reply, reply.read(), own
-        except (HTTPException, ValueError):
-            raise TrackerError(f"{address} does not answer as a web server does; see "
-                               f"what listens on port {self._port}") from None
+        url = urlsplit(self._url.replace("{id}", tag_id))
+        header = {"Host": url.netloc, "User-Agent": "mailtracker-doctor",
+                  "Connection": "close"}
+        connection = HTTPConnection(self._host)
+        with time_limit(ANSWER_SECONDS), self._line(address) as connection.sock:
+            own = plain_address(connection.sock.getsockname()[0])
+            return *answer_of(
+                connection, "GET", url._replace(scheme="", netloc="").geturl(), None,
+                {**header, **more}, most=MOST_ANSWER), own
 
     def pixel(self) -> Iterator[Found]:
         """Does the pixel come from every address, as it is, at once?"""
@@ -10264,7 +10244,7 @@ class Doctor:
         """Does the server know readers from its proxy, and from what they claim?"""
         with probe(self._files) as tag_id:
             _, _, own = self._fetch(self._reached()[0], tag_id,
-                                    f"X-Forwarded-For: {FORGED.decode()}")
+                                    **{"X-Forwarded-For": FORGED.decode()})
             hits = hits_on(self._files, tag_id)
         if not hits:
             raise TrackerError(f"a pixel was fetched, but no hit came into "
