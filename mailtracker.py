@@ -9781,8 +9781,8 @@ class Notices:
 Found = Tuple[str, str, str]
 
 PROBE = "mailtracker doctor: a probe"  # the name of a tag that is forgotten at once
-CONNECT_SECONDS = 5.0
-ANSWER_SECONDS = 10.0
+REACH_SECONDS = 5.0
+FETCH_SECONDS = 10.0
 WAIT_SECONDS = 300.0    # for a hit from elsewhere
 SLOW = 2.0              # seconds for a pixel, after which some readers have gone on
 MOST_ADDRESSES = 8      # of a name
@@ -9883,9 +9883,9 @@ def connection_to(address: str, port: int) -> socket.socket:
 
     if address.startswith("127."):
         with suppress(OSError):
-            return socket.create_connection((address, port), CONNECT_SECONDS,
+            return socket.create_connection((address, port), REACH_SECONDS,
                                             ("127.77.77.77", 0))
-    return socket.create_connection((address, port), CONNECT_SECONDS)
+    return socket.create_connection((address, port), REACH_SECONDS)
 
 
 def is_public(address: str) -> bool:
@@ -10180,7 +10180,7 @@ class Doctor:
     def _line(self, address: str) -> socket.socket:
         """Return a connection to an address, and where it is TLS a verified one."""
         line = self._connect(address, self._port)
-        line.settimeout(ANSWER_SECONDS)
+        line.settimeout(FETCH_SECONDS)
         if not self._is_tls:
             return line
         import ssl
@@ -10204,7 +10204,7 @@ class Doctor:
         from ssl import cert_time_to_seconds
 
         for address in self._reached():
-            with time_limit(ANSWER_SECONDS), self._line(address) as line:
+            with time_limit(FETCH_SECONDS), self._line(address) as line:
                 shown = line.getpeercert()  # type: ignore[attr-defined]
             start, end = (cert_time_to_seconds(shown[name])
                           for name in ("notBefore", "notAfter"))
@@ -10222,7 +10222,7 @@ class Doctor:
         header = {"Host": url.netloc, "User-Agent": "mailtracker-doctor",
                   "Connection": "close"}
         connection = HTTPConnection(self._host)
-        with time_limit(ANSWER_SECONDS), self._line(address) as connection.sock:
+        with time_limit(FETCH_SECONDS), self._line(address) as connection.sock:
             own = plain_address(connection.sock.getsockname()[0])
             return *answer_of(
                 connection, "GET", url._replace(scheme="", netloc="").geturl(), None,

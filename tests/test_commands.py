@@ -1,6 +1,7 @@
 """rejudge, forget, settle, and what all commands have in common."""
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -346,3 +347,12 @@ def test_long_work_shows_its_progress_on_a_terminal_and_wipes_it(monkeypatch):
     os.close(ours)
     assert re.match(r"\r.*reading rows.* [\d,]+", shown)
     assert re.search(r"\r +\r$", shown)
+
+
+def test_no_name_of_the_module_is_given_to_two_things():
+    """A constant of a later part must not change what an earlier one waits for."""
+    names = [name.id for statement in ast.parse(SCRIPT.read_text("utf-8")).body
+             if isinstance(statement, ast.Assign)
+             for target in statement.targets for name in ast.walk(target)
+             if isinstance(name, ast.Name)]
+    assert len(names) == len(set(names)) > 100

@@ -225,7 +225,7 @@ def content(path):
 @pytest.mark.parametrize("talk", [b"", b"HTTP/1.1 200 OK\r\nX: "],
                          ids=["silent", "slow"])
 def test_who_never_comes_to_an_end_is_left_after_a_while(talk, files, monkeypatch):
-    monkeypatch.setattr(mailtracker, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(mailtracker, "FETCH_SECONDS", 0.3)
 
     def trickle(line, _):
         line.sendall(talk)
