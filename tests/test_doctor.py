@@ -277,6 +277,8 @@ def authority(tmp_path_factory):
     (folder / "ca.cnf").write_text(
         "[ca]\ndefault_ca=c\n[c]\ndatabase=index\nserial=serial\nnew_certs_dir=.\n"
         "default_md=sha256\npolicy=p\ncopy_extensions=copy\nunique_subject=no\n"
+        "x509_extensions=x\n[x]\nsubjectKeyIdentifier=hash\n"
+        "authorityKeyIdentifier=keyid\n"
         "[p]\ncommonName=supplied\n")
     (folder / "index").touch()
     (folder / "serial").write_text("01")
@@ -287,16 +289,19 @@ def authority(tmp_path_factory):
     def make(name, signer, host=HOST, start=-9, end=80, extra=()):
         dates = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(time.time() + 86400 * day))
                  for day in (start, end)]
+        added = [word for line in extra or [f"subjectAltName=DNS:{host}"]
+                 for word in ("-addext", line)]
         openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
                 "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr",
-                "-addext", extra or f"subjectAltName=DNS:{host}")
+                *added)
         how = ["-selfsign"] if signer == name else ["-cert", f"{signer}.pem"]
         openssl("ca", "-batch", "-notext", "-config", "ca.cnf", *how, "-keyfile",
                 f"{signer}.key", "-in", f"{name}.csr", "-out", f"{name}.pem",
                 "-startdate", dates[0], "-enddate", dates[1])
 
     for name, signer in (("root", "root"), ("middle", "root"), ("other", "other")):
-        make(name, signer, extra="basicConstraints=critical,CA:TRUE")
+        make(name, signer, extra=("basicConstraints=critical,CA:TRUE",
+                                  "keyUsage=critical,keyCertSign,cRLSign"))
     make("good", "middle")
     make("expired", "middle", end=-1)
     make("early", "middle", start=2)
