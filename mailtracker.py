@@ -5087,17 +5087,22 @@ def _links(html: str, shown: Callable[[str], str]) -> Iterator[Tuple[int, int, s
     """
     from html import unescape
 
-    tags = [tag for tag in _tags(html) if tag[0] in ("a", "/a", "area")]
-    ends = [start for _, start, _, _ in tags[1:]] + [len(html)]
-    for (name, _, begin, values), end in zip(tags, ends):
-        start, stop = values.get("href", (0, 0))
+    for (start, stop), text, values in _anchors(html):
         href = _ENTITY.sub(lambda found: unescape(found[0]), shown(html[start:stop]))
-        text = re.sub("<[^<>]*>", "", html[begin:end]) if name == "a" else ""
-        if name != "/a" and "data-notrack" not in values \
-                and "unsubscribe" not in href.lower() \
+        if "data-notrack" not in values and "unsubscribe" not in href.lower() \
                 and not _SHOWS_ADDRESS.search(unescape(shown(text))):
             with suppress(ValueError):
                 yield start, stop, destination(href)
+
+
+def _anchors(html: str) -> Iterator[Tuple[Tuple[int, int], str, Collection[str]]]:
+    """Yield links in HTML: where the address stands, the text, and all attributes."""
+    tags = [tag for tag in _tags(html) if tag[0] in ("a", "/a", "area")]
+    ends = [start for _, start, _, _ in tags[1:]] + [len(html)]
+    for (name, _, begin, values), end in zip(tags, ends):
+        if name != "/a":
+            yield values.get("href", (0, 0)), re.sub(
+                "<[^<>]*>", "", html[begin:end]) if name == "a" else "", values
 
 
 def _tags(html: str
@@ -10003,13 +10008,8 @@ def masked_links(html: str) -> Iterator[Found]:
     """Yield links that show one URL and lead to another."""
     from html import unescape
 
-    href = re.compile(_SOURCE.pattern.replace("src", "href"), re.I | re.ASCII)
-    for link in re.split(r"(?i)<a\b", html)[1:]:
-        start, _, inner = link.partition(">")
-        found = href.search(start)
-        target = re.match(_URL_HOST, unescape(found[found.lastindex or 0]) if found
-                          else "")
-        text = re.sub("<[^<>]*>", "", re.split("(?i)</a", inner)[0])
+    for (start, stop), text, _ in _anchors(html):
+        target = re.match(_URL_HOST, unescape(html[start:stop]))
         shown = re.fullmatch(_URL_HOST, unescape(text).strip())
         if target and shown and target[1].lower() != shown[1].lower():
             yield ("warning", f"a link shows {cut(shown[0], 60)} and leads to "
@@ -10021,11 +10021,10 @@ def pixels_in(html: str) -> Iterator[Tuple[str, str, int, str]]:
     """Yield id, URL, place and element of pictures in HTML that may be pixels."""
     from html import unescape
 
-    for image in _IMAGE.finditer(html):
-        source = _SOURCE.search(image[0])
-        url = unescape(source[source.lastindex or 0]) if source else ""
+    for name, start, stop, values in _tags(html):
+        url = unescape(html[slice(*values.get("src", (0, 0)))]) if name == "img" else ""
         for tag_id in ids_in_path(url.encode("utf-8", "replace"))[:1]:
-            yield tag_id.decode(), url, image.start(), image[0]
+            yield tag_id.decode(), url, start, html[start:stop]
 
 
 class Doctor:
