@@ -1180,13 +1180,14 @@ def _log_from(path: str, place: Place, stack: ExitStack) -> List[int]:
     """Open the files of a log from a place on, the oldest first, between rotations."""
     while True:
         files: List[int] = []
-        for name in reversed(log_files(path)):
-            files.insert(0, stack.enter_context(_opened(name)))
-            if _is_at(files[0], place):
-                break
-        if [stamp_of(file).inode for file in files] == [
-                stamp_of(name).inode for name in log_files(path)[-len(files):]]:
-            return files
+        with suppress(FileNotFoundError):  # rotated just now
+            for name in reversed(log_files(path)):
+                files.insert(0, stack.enter_context(_opened(name)))
+                if _is_at(files[0], place):
+                    break
+            if [stamp_of(file).inode for file in files] == [
+                    stamp_of(name).inode for name in log_files(path)[-len(files):]]:
+                return files
 
 
 def _is_at(file: int, place: Place) -> bool:
@@ -2037,19 +2038,21 @@ def erase(path: str, is_gone: Callable[[str], bool], start: int = 0) -> None:
 
 # -- the server's view ----------------------------------------------------------
 
-class Follower:
-    """Hear what is appended to a log, from a place on.
+class LogWriter:
+    """The server's end of the log: appends lines, and hears what others append.
 
     The log may be moved, truncated or deleted at any time, and not be there yet.
     """
 
-    FLAGS = os.O_RDONLY
-
-    def __init__(self, path: str, place: Place = Place()) -> None:
-        self.path = path
-        self._place = place
+    def __init__(self, path: str, place: Place = Place(), sync_each_write: bool = False
+                 ) -> None:
+        self.path, self._place, self._sync_each_write = path, place, sync_each_write
         self._file = -1
         self.end = 0  # what stands before is known
+        self.is_cut = False  # lines that were written may be in no file any more
+        self.is_mixed = False  # what is not yet known has lines of our own in it
+        self._torn = False  # the last write was cut short
+        self._dirty = False  # something is not yet synced
 
     def look(self) -> None:
         """Go on with the file that the path names, once the old one is read.
@@ -2060,21 +2063,37 @@ class Follower:
         if self._file >= 0 and status.inode == stamp_of(self._file).inode:
             if status.size < self.end:
                 self._restart()
-        elif not self._unheard() and (status.size or self.FLAGS & os.O_CREAT):
+        elif not self._unheard():
             self._open()
 
-    def _restart(self) -> None:
-        """Begin again with a file that was truncated."""
-        self.end = 0
-
     def _open(self) -> None:
-        with _opened(self.path, self.FLAGS) as number:
+        self.is_cut = self.is_cut or self._file >= 0 \
+            and not os.fstat(self._file).st_nlink
+        with _opened(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as number:
             file = os.dup(number)
         if self._file >= 0:
             os.close(self._file)
         self._file = file
         is_known = place_at(file, self._place.offset) == self._place
         self.end = self._place.offset if is_known else 0
+        self._torn = False
+        before = _before_next(self._file)
+        if before:
+            self.write([before])
+
+    def _restart(self) -> None:
+        """Begin again with a log that was truncated, and give it its header."""
+        self.end, self.is_cut = 0, True
+        found = os.pread(self._file, len(EVENT_HEADER), 0)
+        if not found:
+            self.write([EVENT_HEADER])
+        elif found != EVENT_HEADER and os.fstat(self._file).st_size < 1 << 20 \
+                and _has_lock(self._file):
+            with open(self.path, "rb") as file, open(self.path + ".new", "wb") as new:
+                os.fchmod(new.fileno(), 0o600)
+                new.write(EVENT_HEADER + file.read())
+            os.replace(self.path + ".new", self.path)
+            self._open()
 
     def _unheard(self) -> bytes:
         """Return the next whole lines, but not very many."""
@@ -2091,45 +2110,6 @@ class Follower:
             self.end += len(line)
             if event:
                 yield self.end - len(line), event
-
-
-class LogWriter(Follower):
-    """The server's end of the log: appends lines, and hears what others append."""
-
-    FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
-
-    def __init__(self, path: str, place: Place = Place(), sync_each_write: bool = False
-                 ) -> None:
-        super().__init__(path, place)
-        self._sync_each_write = sync_each_write
-        self.is_cut = False  # lines that were written may be in no file any more
-        self.is_mixed = False  # what is not yet known has lines of our own in it
-        self._torn = False  # the last write was cut short
-        self._dirty = False  # something is not yet synced
-
-    def _open(self) -> None:
-        self.is_cut = self.is_cut or self._file >= 0 \
-            and not os.fstat(self._file).st_nlink
-        super()._open()
-        self._torn = False
-        before = _before_next(self._file)
-        if before:
-            self.write([before])
-
-    def _restart(self) -> None:
-        """Give a log that was truncated its header again."""
-        super()._restart()
-        self.is_cut = True
-        found = os.pread(self._file, len(EVENT_HEADER), 0)
-        if not found:
-            self.write([EVENT_HEADER])
-        elif found != EVENT_HEADER and os.fstat(self._file).st_size < 1 << 20 \
-                and _has_lock(self._file):
-            with open(self.path, "rb") as file, open(self.path + ".new", "wb") as new:
-                os.fchmod(new.fileno(), 0o600)
-                new.write(EVENT_HEADER + file.read())
-            os.replace(self.path + ".new", self.path)
-            self._open()
 
     def write(self, lines: List[bytes]) -> int:
         """Append lines with one write; return how many are in the log, whole.
@@ -10630,15 +10610,13 @@ def follow(files: Files, options: argparse.Namespace) -> int:
 
 def events_as_they_come(path: str) -> Iterator[Event]:
     """Yield the events of a log, and those to come, for ever."""
-    for name in log_files(path):
-        if name != path:
-            yield from filter(None, (parse_event(line) for _, line in _lines_in(name)))
-    follower = Follower(path)
+    place, since = Place(), ""
     while True:
-        follower.look()
-        news = [event for _, event in follower.news()]
-        yield from news
-        if not news:
+        known = place
+        for file, offset, event in events_behind(path, place, since):
+            yield event
+            place, since = place_at(file, offset), max(since, event.time)
+        if place == known:
             time.sleep(0.2)
 
 
