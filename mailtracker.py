@@ -4437,12 +4437,17 @@ def moment(text: str) -> str:
     """
     from datetime import datetime, timezone
 
-    ago = re.fullmatch(r"(\d{1,9})([smhdw])", text, re.ASCII)
-    if ago:
-        return utc_text(max(0.0, time.time() - int(ago[1]) * _UNITS[ago[2]]))
+    with suppress(ValueError):
+        return utc_text(max(0.0, time.time() - span(text)))
     when = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
     return utc_text((when if when.tzinfo else
                      when.replace(tzinfo=timezone.utc)).timestamp())
+
+
+def span(text: str) -> float:
+    """Return the seconds that 3d or 12h means; raise ValueError."""
+    found = matching(r"(\d{1,9})([smhdw])", text)
+    return float(found[1]) * _UNITS[found[2]]
 
 
 def local_time(text: str) -> str:
@@ -10853,6 +10858,13 @@ def cmd_settle(options: argparse.Namespace) -> int:
     return 0
 
 
+def refuse(options: argparse.Namespace, *cases: Tuple[object, str]) -> None:
+    """Exit with usage and words in the first case that is so."""
+    for wrong, words in cases:
+        if wrong:
+            options.parser.error(words)
+
+
 def argument(read: Callable[[str], Any], what: str) -> Callable[[str], Any]:
     """Return an argparse type: what read makes of a text, or an error in words."""
     def value(text: str) -> Any:
@@ -10963,11 +10975,9 @@ def add_newtag(commands: Any) -> None:
     add = add_command(commands, cmd_newtag,
                       "--name john --server https://t.example.org").add_argument
     add("--name", default="", help="what you will know the tag by")
-    add_pixel_server(add)
+    add_pixels(add)
     add("--port", type=number_in(1, 65535),
         help=f"the port in the URL (default: {DEFAULT_PORT} for a bare host)")
-    add("--path", metavar="TEMPLATE", type=template_argument, default="/{id}.gif",
-        help="where the pixel seems to lie (default: %(default)s)")
     add("--format", choices=list(TAG_FORMATS), default="html",
         help="what to print (default: %(default)s)")
     add("--count", metavar="N", type=number_in(1, 1000000), default=1,
@@ -11002,8 +11012,7 @@ def add_send(commands: Any) -> None:
     add_smarthost(add, ("password", "xoauth2"), required=False)
     add("--from", metavar="ADDRESS", dest="sender", type=mailbox_argument,
         help="'Ann <ann@x.org>' (default: the From of the template)")
-    add_pixel_server(add)
-    add("--clicks", action="store_true", help="let links in HTML count clicks")
+    add_pixels(add, has_path=False, has_clicks=True)
     add("--campaign", metavar="NAME", default="", help="who got a mail of this name "
         "gets no other (default: the file name of the template)")
     add("--where", metavar="COLUMN=GLOB", type=condition_argument, action="append",
@@ -11113,11 +11122,16 @@ def add_others(commands: Any) -> None:
         help=argparse.SUPPRESS)
 
 
-def add_pixel_server(add: Any) -> None:
-    """Add the option that says where pixels are fetched."""
+def add_pixels(add: Any, has_path: bool = True, has_clicks: bool = False) -> None:
+    """Add the options that say where pixels are fetched, and what counts beside."""
     add("--server", metavar="HOST|URL",
         default=os.environ.get("MAILTRACKER_SERVER", ""),
         help="where the pixel server can be reached (default: $MAILTRACKER_SERVER)")
+    if has_path:
+        add("--path", metavar="TEMPLATE", type=template_argument, default="/{id}.gif",
+            help="where the pixel seems to lie (default: %(default)s)")
+    if has_clicks:
+        add("--clicks", action="store_true", help="let links in HTML count clicks")
 
 
 def add_service(add: Any, line: str) -> None:
@@ -11172,18 +11186,16 @@ def check_relay(options: argparse.Namespace, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     is_safe = options.auth in ("pass", "own") and options.tls_cert
     to, at = options.smarthost
-    for wrong, words in (
-            (not options.server, "--server: say where recipients find the pixels"),
-            (options.auth == "own" and not options.user, "--auth own needs --user"),
-            (options.auth == "pass" and (options.user or options.password_command),
-             "--auth pass goes without --user and --password-command"),
-            (at == port and (is_loopback(to) or to in (host, options.host)),
-             "--smarthost: that is this relay"),
-            (not is_loopback(host) and not is_safe and not options.local,
-             f"--host {host}: all could send as you; it needs --tls-cert, "
-             "and --auth pass or own")):
-        if wrong:
-            options.parser.error(words)
+    refuse(options,
+           (not options.server, "--server: say where recipients find the pixels"),
+           (options.auth == "own" and not options.user, "--auth own needs --user"),
+           (options.auth == "pass" and (options.user or options.password_command),
+            "--auth pass goes without --user and --password-command"),
+           (at == port and (is_loopback(to) or to in (host, options.host)),
+            "--smarthost: that is this relay"),
+           (not is_loopback(host) and not is_safe and not options.local,
+            f"--host {host}: all could send as you; it needs --tls-cert, "
+            "and --auth pass or own"))
 
 
 def _bounces(text: str) -> str:
@@ -11203,9 +11215,7 @@ def add_relay(commands: Any) -> None:
     add_smarthost(add, ("password", "xoauth2", "pass", "own"), how="how to log in there"
                   "; pass: as each mail program does here; own: with a password that "
                   "mail programs must know as well")
-    add_pixel_server(add)
-    add("--path", metavar="TEMPLATE", type=template_argument, default="/{id}.gif",
-        help="where they seem to lie (default: %(default)s)")
+    add_pixels(add, has_clicks=True)
     add("--host", metavar="ADDRESS", default="127.0.0.1",
         help="listen on this address (default: %(default)s)")
     add("--port", type=number_in(0, 65535), default=RELAY_PORT,
@@ -11216,7 +11226,6 @@ def add_relay(commands: Any) -> None:
         help="where mail with a pixel bounces to: '{user}+{id}@{domain}'")
     add("--make-html", action="store_true",
         help="make HTML of plain text, which can hold no pixel")
-    add("--clicks", action="store_true", help="let links in HTML count clicks")
     add("--untracked-when-broken", action="store_true", help="where a row cannot be "
         "written, send the mail without a pixel rather than not at all")
     add("--keep", metavar="MAILDIR", default="",
@@ -11251,9 +11260,7 @@ def add_doctor(commands: Any) -> None:
                       "[CHECK ...]").add_argument
     add("checks", metavar="CHECK", nargs="*", type=check_argument,
         help="do this check only (default: all, without wait and message)")
-    add_pixel_server(add)
-    add("--path", metavar="TEMPLATE", type=template_argument, default="/{id}.gif",
-        help="where the pixel seems to lie, as for newtag (default: %(default)s)")
+    add_pixels(add)
     add("--wait", action="store_true", help="wait for a hit from elsewhere as well")
     add("--message", metavar="FILE", default="",
         help="judge a mail as well, saved as .eml in the mailbox that got it")
@@ -11294,19 +11301,17 @@ def cmd_notify(options: argparse.Namespace) -> int:
 def check_notify(options: argparse.Namespace) -> None:
     """Refuse options that would have no effect on this receiver."""
     kind = options.to.partition(":")[0].replace("https", "http")
-    for option, needed in (("format", "http"), ("secret_command", "http"),
-                           ("smarthost", "mailto"), ("sender", "mailto")):
-        if getattr(options, option) and kind != needed:
-            name = {"sender": "from"}.get(option, option.replace("_", "-"))
-            options.parser.error(f"--{name} needs --to {needed}:...")
-    for wrong, words in (
-            (not options.to, "--to: say whom to tell"),
-            (kind == "mailto" and not options.smarthost, "mailto: needs --smarthost"),
-            (options.format == "ntfy" and not re.fullmatch(
-                r"https?://[^/]+/[\w-]{1,64}", options.to, re.ASCII),
-             "--format ntfy needs a URL such as https://ntfy.sh/topic")):
-        if wrong:
-            options.parser.error(words)
+    refuse(options, (not options.to, "--to: say whom to tell"), *(
+        (value and kind != needed, f"{option} needs --to {needed}:...")
+        for option, value, needed in (
+            ("--format", options.format, "http"),
+            ("--secret-command", options.secret_command, "http"),
+            ("--smarthost", options.smarthost, "mailto"),
+            ("--from", options.sender, "mailto"))),
+        (kind == "mailto" and not options.smarthost, "mailto: needs --smarthost"),
+        (options.format == "ntfy" and not re.fullmatch(
+            r"https?://[^/]+/[\w-]{1,64}", options.to, re.ASCII),
+         "--format ntfy needs a URL such as https://ntfy.sh/topic"))
 
 
 def _receiver(text: str) -> str:
@@ -11322,11 +11327,6 @@ def _receiver(text: str) -> str:
                 or url.port == 0:
             raise ValueError
     return text
-
-
-def _span(text: str) -> float:
-    found = matching(r"(\d{1,9})([smhdw])", text)
-    return float(found[1]) * _UNITS[found[2]]
 
 
 def add_notify(commands: Any) -> None:
@@ -11346,7 +11346,7 @@ def add_notify(commands: Any) -> None:
     add("--on", choices=("revived",),
         help="also of the first open after two weeks without")
     add("--unknown", action="store_true", help="also of hits that may be opens")
-    add("--remind", metavar="TIME", type=argument(_span, "a time such as 3d or 12h"),
+    add("--remind", metavar="TIME", type=argument(span, "a time such as 3d or 12h"),
         default=0.0, help="also of mail sent so long ago of which no open was seen")
     add("--once", action="store_true", help="tell what there is, and end; for cron")
     add("--follow", action="store_true", help="go on until Ctrl-C (as without --once)")
@@ -11488,19 +11488,17 @@ def greet(listener: socket.socket, lines: Lines, what: str, why: str = "") -> No
 def check_server(options: argparse.Namespace, files: Files) -> None:
     """Refuse options that would have no effect, and files that are others already."""
     check_quiet(options)
-    for wrong, words in (
-            (0 < options.rotate_events < 1 << 16, "--rotate-events: 64K or more"),
-            (is_socket_passed() and (options.host, options.port) != (None, None),
-             "systemd passes the socket: leave out --host and --port")):
-        if wrong:
-            options.parser.error(words)
+    refuse(options,
+           (0 < options.rotate_events < 1 << 16, "--rotate-events: 64K or more"),
+           (is_socket_passed() and (options.host, options.port) != (None, None),
+            "systemd passes the socket: leave out --host and --port"))
 
 
 def check_quiet(options: argparse.Namespace) -> None:
     """Keep a server quiet of which nobody would hear."""
     is_silent = options.daemon and not options.logfile
-    if options.quiet and is_silent:
-        options.parser.error("--quiet: a daemon without --logfile is silent anyway")
+    refuse(options, (options.quiet and is_silent,
+                     "--quiet: a daemon without --logfile is silent anyway"))
     options.quiet |= is_silent
 
 
