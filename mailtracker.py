@@ -8846,20 +8846,19 @@ class Dashboard:
 
     def api_tag(self, given: Dict[str, Any]) -> Any:
         """A tag with its last events, the newest first, hits as judged by now."""
-        return {**self._tag(given),
-                "events": list(map(event_json, self._events(given)))}
+        told = self._tag(given)
+        return {**told, "events": list(map(event_json, self._events(told["id"])))}
 
     def _tag(self, given: Mapping[str, str]) -> Dict[str, Any]:
         """Return what the API tells of one tag; raise Problem."""
         view = self.watch.view()
         return self._told(view, *view.find(given.get("id", "")))
 
-    def _events(self, given: Mapping[str, str]) -> List[Event]:
-        """Return its events, as many as are told."""
-        tag_id = given.get("id", "")
-        return [*as_judged([event for event in read_log(
-            self._files.log, tag_id.encode()) if event.id == tag_id],
-            self._links.find)][:-501:-1]
+    def _events(self, tag_id: str) -> List[Event]:
+        """Return the last events of a tag, the newest first."""
+        events = [event for event in read_log(self._files.log, tag_id.encode())
+                  if event.id == tag_id]
+        return [*as_judged(events, self._links.find)][:-501:-1]
 
     def api_events(self, given: Dict[str, Any]) -> Any:
         """Events of all tags, the oldest first."""
@@ -8984,7 +8983,8 @@ class Dashboard:
         """Show one tag with its history."""
         from html import escape
 
-        view, told, events = self.watch.view(), self._tag(given), self._events(given)
+        view, told = self.watch.view(), self._tag(given)
+        events = self._events(told["id"])
         texts = {"name": told["name"] or "", **told["columns"]}
         fields = "".join(FIELD_HTML.format(
             column=escaped(column), text=escape(_CONTROL.sub(" ", text_in(text))),
@@ -9210,7 +9210,7 @@ NO_EVENT = "<p>Nothing of this tag is in the event log."
 
 SCRIPT = """
 const line = document.getElementById('line'), live = '[data-live]';
-let known = null, lost = false, timer = 0;
+let known = null, lost = '', timer = 0;
 function show(page) {
   const focus = document.activeElement.id;
   for (const old of document.querySelectorAll(live)) {
@@ -9231,12 +9231,10 @@ async function look() {
       show(new DOMParser().parseFromString(await answer.text(), 'text/html'));
       known = etag;
     }
-    if (lost) line.textContent = '';
-    lost = false;
+    if (lost) line.textContent = lost = '';
   } catch (wrong) {
-    if (!lost) line.textContent = wrong instanceof TypeError ?
+    if (!lost) line.textContent = lost = wrong instanceof TypeError ?
       'Connection lost at ' + new Date().toLocaleTimeString() : wrong;
-    lost = true;
   }
   timer = setTimeout(look, document.hidden ? 30000 : 2000);
 }
