@@ -8950,7 +8950,7 @@ class Dashboard:
             tags += f'<p><a href="./?{escaped(older)}">Older &rsaquo;</a>'
         spans = {n: f"{n} days" for n in sorted({7, 30, 90, 365, days} - {0})}
         return html_page(f"{figures.states['opened']} opened", LIST_HTML.format(
-            news=self._news(view), q=escaped(q), caution=CAUTION, figures="".join(
+            news=self._news(view), q=escaped(q), figures="".join(
                 (share_chart(figures), cards_html(figures), days_chart(view)))
             if view.states else "",
             days=options_html(days, {**spans, 0: "all time"}),
@@ -8975,7 +8975,7 @@ class Dashboard:
         return f"<h1>{plural(recent, 'open')} in the last 24 hours</h1><p>{more}"
 
     def _foot(self, view: View) -> str:
-        return (f"{os.path.basename(self._files.register)}, "
+        return (f"<p>{CAUTION}<p>{escaped(os.path.basename(self._files.register))}, "
                 f"{plural(len(view.states), 'tag')}. Times are in this machine's zone, "
                 f"{time.strftime('%Z')}; point at one for UTC.")
 
@@ -8993,7 +8993,6 @@ class Dashboard:
         return html_page(called(told)[:80], TAG_HTML.format(
             called=escaped(called(told)[:1000]), story=story_html(told, view.now),
             id=escaped(told["id"]), tag=escaped(told["tag"]), hits=told["hits"],
-            caution=CAUTION,
             strip=strip_html(told, events), history=table_html(
                 "What happened, the newest first", STORY_COLUMNS,
                 map(told_cells, events)) if events else NO_EVENT,
@@ -9051,9 +9050,9 @@ def http_answer(status: int, body: Any, headers: Mapping[str, str]) -> bytes:
 
 
 def html_page(title: str, main: str, foot: str = "") -> str:
-    """Return a page of the dashboard; main is HTML."""
+    """Return a page of the dashboard; main and foot are HTML."""
     return page_html(f"{title} - Mail tracker", PAGE_HTML.format(
-        main=main, foot=escaped(foot), script=SCRIPT), ICON)
+        main=main, foot=foot, script=SCRIPT), ICON)
 
 
 def clock(when: float, form: str = "%H:%M:%S") -> str:
@@ -9182,8 +9181,7 @@ value="{q}"></label><label>State <select name=state>{states}</select></label><la
 within <select name=days>{days}</select></label><button>Show</button></form><div id=tags
 data-live>{tags}</div><details><summary>New tag</summary><form method=post
 action=new><label>What you will know it by <input name=name maxlength=1000
-autocomplete=off></label><button>Make it</button></form></details><p class="note
-dim">{caution}"""
+autocomplete=off></label><button>Make it</button></form></details>"""
 NO_TAG = """<h1>No tag yet</h1><p>Make one below, or on the machine with the register:
 <pre>python3 mailtracker.py newtag --name john --server t.example.org</pre><p>This page
 shows it without being reloaded."""
@@ -9201,7 +9199,7 @@ column that you add to the register appears here.</details><details><summary>For
 </summary><p>Its row, its hits ({hits}) and all else that is known of it go for good,
 from the backup and the log as well. Its pixel is still answered, but nothing is counted
 any more.<form method=post action="forget?id={id}"><button>Forget it</button></form>
-</details><p class="note dim">{caution}"""
+</details>"""
 FIELD_HTML = """<input type=hidden name="was {column}" value="{text}"><label>{column}
 <textarea name="new {column}" rows={rows}>\n{text}</textarea></label>"""
 STORY_COLUMNS = {"When": "", "What": "", "Why": "text", "Network": "wide",
