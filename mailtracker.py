@@ -5878,7 +5878,7 @@ class Plan:
     def __init__(self, files: Files, mailing: Mailing, people: Iterable[Recipient],
                  options: argparse.Namespace) -> None:
         self._files, self._mailing, self._options = files, mailing, options
-        self._log = Follower(files.log, end_of_log(files.log))
+        self._place, self._began = end_of_log(files.log), utc_text(time.time())
         is_new = not any(map(os.path.exists, (*files.versions, files.log)))
         columns, rows = ([], iter(())) if is_new else register_rows(files)
         mails = (dict(zip(columns, row)) for row in rows)
@@ -5944,16 +5944,14 @@ class Plan:
 
     def is_barred(self, who: Recipient) -> bool:
         """Tell whether somebody has unsubscribed, or no such mailbox, by now."""
-        self._log.look()
-        while True:
-            news = [event for _, event in self._log.news()]
-            if not news:
-                return who.key in self._barred
-            for event in news:
-                if event.id in self._keys and (
-                        event.event == "unsubscribed" or event.event == "bounced"
-                        and event.detail.startswith("hard:")):
-                    self._barred[self._keys[event.id]] = event.id
+        for file, offset, event in events_behind(
+                self._files.log, self._place, self._began):
+            self._place = place_at(file, offset)
+            if event.id in self._keys and (
+                    event.event == "unsubscribed" or event.event == "bounced"
+                    and event.detail.startswith("hard:")):
+                self._barred[self._keys[event.id]] = event.id
+        return who.key in self._barred
 
     def _followed(self) -> Dict[str, str]:
         """Return by key the Message-IDs of the mails that are to be followed."""
@@ -11424,7 +11422,7 @@ def add_dashboard(commands: Any) -> None:
     add("--admin-url", metavar="URL", type=argument(
         _admin_url, "a URL such as https://t.example.org/mail/"),
         help="where a proxy in front of it can be reached")
-    add_pixel_server(add)
+    add_pixels(add, has_path=False)
     add("--open", action="store_true", help="open it in a browser")
     add("--link", action="store_true", help="print a link that lets you in, and end")
     add("--keys", action="store_true", help="print the keys of the API, and end")
