@@ -10830,8 +10830,8 @@ def chosen_rows(columns: Sequence[str], rows: Iterable[Row],
         meant.update(word for word in words
                      if len(word) >= 7 and row[tag_id].startswith(word))
         found |= meant
-        is_no = status(row) == "unsubscribed"  # send must go on to know of that
-        made = "" if is_no else row[created] or row[last_hit]
+        is_kept = status(row) in ("bounced", "unsubscribed")  # send needs that
+        made = "" if is_kept else row[created] or row[last_hit]
         if meant or made and made < (options.older_than or ""):
             yield row
     if words - found:
@@ -11106,8 +11106,8 @@ def add_others(commands: Any) -> None:
     add = add_command(commands, cmd_forget, "john", "[ID|NAME ...]").add_argument
     add("tags", metavar="ID|NAME", nargs="*",
         help="an id, its first 7 characters or more, or a whole name")
-    add("--older-than", metavar="WHEN", type=moment_argument,
-        help="all tags made before then, but of who unsubscribed: 365d, 2025-01-01")
+    add("--older-than", metavar="WHEN", type=moment_argument, help="all tags made "
+        "before then, but of who unsubscribed and mail that bounced: 365d, 2025-01-01")
     add("--yes", action="store_true", help="do not ask")
     add("--dry-run", action="store_true", help="only show what would go")
     add = add_command(commands, cmd_settle, "").add_argument

@@ -107,10 +107,11 @@ def test_rejudge_without_register_or_log_is_one_clear_line(run, misjudged, folde
 # -- forget -----------------------------------------------------------------------
 
 
-def test_who_unsubscribed_is_not_forgotten_by_age(run, folder):
+@pytest.mark.parametrize("kept", ["unsubscribed", "bounced"])
+def test_who_is_to_get_no_more_mail_is_not_forgotten_by_age(kept, run, folder):
     write(f"{COLUMNS},status\n" + "".join(
         row(tag, name, created="2020-01-01T00:00:00Z").replace("\n", f",{status}\n")
-        for tag, name, status in ((A, "Ann", "sent"), (B, "Bob", "unsubscribed"))))
+        for tag, name, status in ((A, "Ann", "sent"), (B, "Bob", kept))))
     assert run("forget", "--yes", "--older-than", "365d")[0] == 0
     assert [each["name"] for each in dumped(run)] == ["Bob"]
     assert run("forget", "--yes", "Bob")[0] == 0 and not dumped(run)
