@@ -6605,6 +6605,7 @@ TAG_COLUMNS = ("id", "name", "email", "message_id")
 NO_HTTP = "421 4.7.0 this is a mail server"
 TOO_BIG = "552 5.3.4 message too big"
 STORED = Reply(250, "2.0.0 stored", "dot")
+BEFORE = Reply(250, "2.0.0 sent before", "dot")
 
 # What a client may begin with: a web page can make a browser say all but these.
 _OPENERS = ("EHLO", "HELO", "NOOP", "RSET", "QUIT")
@@ -6883,8 +6884,7 @@ class Passage:
         asked = [a for a in self.keys if not self._relay.maildrop(a)]
         todo = [a for a, key in self.keys.items() if key not in letter.reached]
         away = [a for a in asked if a in todo]
-        self.replies = {a: Reply(250, "2.0.0 sent before", "dot")
-                        for a in self.keys if a not in todo}
+        self.replies = {a: BEFORE for a in self.keys if a not in todo}
         tagged = self._tagged_of(away)
         is_open = away == asked and (not tagged or len(away) == 1
                                      and not self._relay.options.bounce_address)
@@ -6998,9 +6998,10 @@ class Passage:
 
     def _report(self, letter: Letter) -> None:
         """Keep a copy, and say what became of the message, without addresses."""
-        relay, done = self._relay, [a for a in self.replies if self.replies[a].is_ok]
+        relay, have = self._relay, [a for a in self.replies if self.replies[a].is_ok]
+        done = [a for a in have if self.replies[a] is not BEFORE]
         bad = {reply for reply in self.replies.values() if not reply.is_ok}
-        if relay.keep and not letter.is_kept and not all(map(relay.maildrop, done)):
+        if relay.keep and not letter.is_kept and not all(map(relay.maildrop, have)):
             letter.is_kept = True
             bad |= {relay.keep.put(self._raw)} - {STORED}
         if done and not relay.options.quiet:

@@ -409,6 +409,14 @@ def test_a_letter_is_known_again_with_all_that_a_mail_program_renews(client, hos
     assert len(host.messages) == 6
 
 
+def test_a_retry_is_told_as_what_it_was(client, host, shared):
+    host.script = on("dot", "452 4.2.2 full", about=CARL)
+    for answer, count in (("451", 2), ("250", 1)):
+        assert client.send(HTML + b"told\r\n", ALL).startswith(answer)
+        eventually(lambda: f"to {mailtracker.plural(count, 'recipient')}, tracked"
+                   in (shared[2] / "lines").read_text().split("relayed ")[-1])
+
+
 def test_what_becomes_of_each_copy_stands_in_its_row(client, host, shared):
     host.script = on("dot", "550 5.1.1 no bob@y.org", "close-after")
     assert client.send(HTML + b"x\r\n", ALL).startswith("451 4.3.0 sent to 1 of 3")
