@@ -20,7 +20,7 @@ import pytest
 
 import mailtracker
 from conftest import SCRIPT
-from conftest import clean_environment
+from conftest import clean_environment, save
 
 A, B, C = (f"{c}cdfghjkmnpqrstvwxz23" for c in "bdf")
 FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"
@@ -80,8 +80,7 @@ def nth(number):
 
 
 def write(text, path="register.csv"):
-    with open(path, "wb") as file:
-        file.write(text if isinstance(text, bytes) else text.encode())
+    save(path, text if isinstance(text, bytes) else text.encode())
 
 
 def row(tag, name="", hits=0, last_hit="", opens=0, last_open="",

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 import mailtracker
-from conftest import exchange, get, register_rows, save, shown
+from conftest import exchange, get, register_rows, rest, save, shown
 from mailtracker import Event, Making, append_events, settle
 
 A, B, C = (letter + "cdfghjkmnpqrstvwxz22" for letter in "bcd")
@@ -67,6 +67,7 @@ def test_a_mail_that_was_fetched_was_sent_whatever_its_sender_knows(files):
 
 def test_an_armed_tag_has_no_status_and_no_mail_column_appears(run, files):
     run("newtag", "--armed", "--name", "x", "--register", files.register)
+    rest(files.register)
     assert settle(files)
     assert set(register_rows(files.register).popitem()[1]) == {
         *mailtracker.OWN_COLUMNS, "sent"}

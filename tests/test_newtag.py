@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from conftest import register_rows
+from conftest import register_rows, rest
 from test_dump import folder, write
 
 __all__ = ["folder"]  # the fixture is for all tests here
@@ -259,6 +259,7 @@ def test_its_register_is_taken_over_with_its_counts(run, newtag):
     assert shown() == expected
     assert open_text("register.csv") == old  # dump only reads
     newtag("--name", "new")
+    rest("register.csv")
     assert run("settle") == (0, "", "")
     assert shown()[:3] == expected and len(shown()) == 4
     assert ",12,2018-06-01T11:12:13Z" in open_text("register.csv")

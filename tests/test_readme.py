@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
-from conftest import register_rows
+from conftest import register_rows, rest
 
 import mailtracker
 
@@ -123,6 +123,7 @@ def test_the_example_register_is_in_the_programs_own_form(tmp_path, run, monkeyp
     (tmp_path / "register.csv").write_bytes(EXAMPLE.read_bytes())
     assert run("dump", "--format", "csv") == (0, EXAMPLE.read_text("utf-8"), "")
     assert run("newtag", "--server", "h", "--name", "new")[0] == 0
+    rest("register.csv")
     assert run("settle") == (0, "", "")
     rows = register_rows("register.csv")
     new = rows.popitem()[1]

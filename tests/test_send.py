@@ -22,7 +22,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)] * (__name__ == "__main__")
 import mailtracker  # noqa: E402
-from conftest import launch, shown  # noqa: E402
+from conftest import launch, save, shown  # noqa: E402
 from mailtracker import Event, append_events, read_log  # noqa: E402
 from smtp_server import FakeSmarthost, chaos, on  # noqa: E402
 
@@ -332,8 +332,7 @@ def test_who_got_one_is_known_from_log_or_register(lost, send, host, files):
     if lost == "the log":
         os.unlink(files.log)
     else:
-        register = Path(files.register)
-        register.write_text(register.read_text().replace(",a,", ",,"))
+        save(files.register, Path(files.register).read_text().replace(",a,", ",,"))
     assert send()[1] == "0 sent, 0 failed, 0 left of 0\n" and len(host.messages) == 3
 
 
