@@ -411,8 +411,8 @@ CASES = [*KILLS, *[(play, how, seed) for seed in range(2) for how in SAVES],
 
 @pytest.fixture(scope="module")
 def results():
-    """Play all cases at the same time, as most of them wait for something."""
-    with ProcessPoolExecutor(10, get_context("spawn")) as pool:
+    """Play what waits for something at the same time, and two of what does not."""
+    with ProcessPoolExecutor(16, get_context("spawn")) as pool:
         yield {case: pool.submit(*case) for case in CASES[::-1]}
 
 
