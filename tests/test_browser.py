@@ -23,17 +23,23 @@ EMPTY = '<span style="display:inline-block;width:1px;height:1px"></span>'
 VISIBLE = EMPTY.replace("1px\"", "1px;background:#f00\"")
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Return a browser."""
+    with Browser(tmp_path_factory.mktemp("browser") / "profile") as browser:
+        yield browser
+
+
 @pytest.fixture
-def show(tmp_path):
+def show(browser, tmp_path):
     """Open an HTML mail in a fresh tab; return the picture of it, as PNG."""
-    with Browser(tmp_path / "profile") as browser:
-        def run(name, tag, background="#fff", colour="#000"):
-            mail, page = tmp_path / f"{name}.html", browser.page()
-            mail.write_text(MAIL.format(background=background, colour=colour, tag=tag))
-            page.look(400, 300)
-            page.go(mail.as_uri())
-            return page.picture()
-        yield run
+    def run(name, tag, background="#fff", colour="#000"):
+        mail, page = tmp_path / f"{name}.html", browser.page()
+        mail.write_text(MAIL.format(background=background, colour=colour, tag=tag))
+        page.look(400, 300)
+        page.go(mail.as_uri())
+        return page.picture()
+    return run
 
 
 @pytest.mark.parametrize("colours", [

@@ -14,7 +14,7 @@ import pytest
 
 import mailtracker
 from conftest import SCRIPT
-from conftest import clean_environment
+from conftest import clean_environment, launch
 from conftest import register_rows
 from test_dump import (
     A, B, C, COLUMNS, FIREFOX, LOG, cases, folder, on_terminal, row, write)
@@ -43,12 +43,6 @@ def dumped(run, *args):
     return json.loads(run("dump", "--format", "json", *args)[1])
 
 
-def wait_until_saved():
-    """Let a register be so old that nobody can still be saving it."""
-    for path in ("register.csv", "register.events.csv"):
-        os.utime(path, (time.time() - 60, time.time() - 60))
-
-
 # -- rejudge ----------------------------------------------------------------------
 
 
@@ -60,7 +54,6 @@ def misjudged():
         mailtracker.Event(DAY % 1, "made", B, 0, 0, detail="Bob"),
         hit(A, 5, 1, 1, "human", "browser"),
         hit(A, 6, 2, 2, "human", "browser", agent="curl/7.88.1"))
-    wait_until_saved()
 
 
 CHANGES = ("1 hit judged differently\n"
@@ -95,7 +88,9 @@ def test_rejudge_wants_the_server_stopped_and_says_so_in_one_line(
     assert run("rejudge")[:2] == (0, CHANGES)
 
 
-def test_rejudge_without_register_or_log_is_one_clear_line(run, misjudged, folder):
+def test_rejudge_without_register_or_log_is_one_clear_line(
+        run, misjudged, folder, monkeypatch):
+    monkeypatch.setattr(mailtracker, "SAVING", 0.1)  # how long one is waited for
     for missing in ("register.csv", "register.events.csv"):
         os.unlink(missing)
         code, out, err = run("rejudge")
@@ -126,7 +121,6 @@ def known(run):
     log(hit(A, 5, 1, 1, "human", "browser"), hit(B, 6, 0, 0, "machine", "crawler"))
     os.rename("register.events.csv", "register.events.csv.1")
     log(*(mailtracker.Event(DAY % 7, "sent", tag, 0, 0) for tag in (A, B, C)))
-    wait_until_saved()
     assert run("settle") == (0, "", "")
 
 
@@ -206,7 +200,6 @@ def test_settle_brings_up_to_date_or_leaves_what_it_cannot_read(run, known):
     assert bob["note"] == "mine"
     broken = read("register.csv") + b'x,"\n'
     write(broken)
-    wait_until_saved()
     code, out, err = run("settle")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert re.match(r"mailtracker: error: .*register.csv, line 5: ", err)
@@ -303,10 +296,10 @@ def test_an_option_without_effect_is_a_usage_error(run, line, folder):
     "all closed": "{} <&- >&- 2>&-", "stdout full": "{} > /dev/full",
     "nobody reads": "{} | true"}))
 def test_a_stream_that_is_closed_or_full_is_no_traceback(known, folder, shell, command):
-    line = shell.format(f"{sys.executable} {SCRIPT} {command}")
-    done = subprocess.run(["sh", "-c", line], cwd=folder, env=clean_environment(),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
-                          encoding="utf-8", timeout=60)
+    line = shell.format(f'"$@" {command}')
+    done = launch(subprocess.run, prefix=("sh", "-c", line, "sh"), cwd=folder,
+                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                  timeout=60)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if "error:" in line]) <= 1
     if command == "dump" and ("full" in shell or " >&-" in shell):
