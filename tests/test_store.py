@@ -8,12 +8,13 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 import mailtracker
-from conftest import eventually, register_rows, save, shown
+from conftest import eventually, register_rows, rest, save, shown
 from mailtracker import Event, Files, append_events, settle
 
 A, B = "bcdfghjkmnpqrstvwxz22", "cdfghjkmnpqrstvwxz233"
@@ -169,8 +170,10 @@ FITTING = {  # what happens to the files, and whether the marks fit afterwards
     "the log is moved": (lambda files: os.rename(files.log, files.log + ".1"), True),
     "the register is saved": (lambda files: os.utime(files.register, (1, 1)), False),
     ".bak is saved": (lambda files: os.utime(files.bak, (1, 1)), False),
-    "the marks are gone": (lambda files: os.unlink(files.lock), False),
-    "the marks are junk": (lambda files: save(files.lock, "x" * 300), False),
+    "the marks are gone": (lambda files: (os.unlink(files.lock), rest(
+        files.register, files.bak)), False),
+    "the marks are junk": (lambda files: (save(files.lock, "x" * 300), rest(
+        files.register, files.bak)), False),
     "the log is another one": (lambda files: save(
         files.log, read(files.log).replace("detail 19", "detail 20")), False),
 }
@@ -237,7 +240,7 @@ def test_forgotten_tags_are_nowhere_stay_so_and_hold_up_no_answer(
     for _ in range(30):
         assert server.get(f"/{B}.gif", timeout=1)[0] == 200
     eventually(lambda: (server.hit(OLD), f",hit,{OLD}" not in read(files.log))[1])
-    save(files.register, stale, 0)
+    save(files.register, stale)
     eventually(lambda: settled_hits(files, B) == 30 and not settled_hits(files, OLD))
     server.hit(OLD)
     assert server.stop() == 0 and [*shown(files)] == [B]
@@ -269,27 +272,32 @@ FATES = {
 }
 
 
-@pytest.mark.parametrize("settled", [True, False], ids=["settled", "at once"])
-def test_hits_stay_and_go_on_whatever_happens_to_the_files(settled, serve, tmp_path):
-    def wait_for(hits):
-        eventually(lambda: not [fate for fate, files, _ in cases
+def test_hits_stay_and_go_on_whatever_happens_to_the_files(serve, tmp_path):
+    def let_happen(some):
+        for fate, files, server in some:
+            server.hit(A)
+            FATES[fate](files)
+
+    def wait_for(hits, some):
+        eventually(lambda: not [fate for fate, files, _ in some
                                 if settled_hits(files) != hits], 15)
 
     cases = []
-    for fate in FATES:
-        (tmp_path / fate).mkdir()
-        files = Files(str(tmp_path / fate / "register.csv"))
+    for folder, fate in product(("at once", "settled"), FATES):
+        (tmp_path / folder / fate).mkdir(parents=True)
+        files = Files(str(tmp_path / folder / fate / "register.csv"))
         save(files.register, HAND_MADE)
         append_events(files, [event("made"), opened(1, 1)])
         assert settle(files)
-        cases.append((fate, files, serve("--register", files.register, "--quiet")))
-        cases[-1][2].hit(A, 2)
-    if settled:
-        wait_for(3)
-    for fate, files, server in cases:
-        server.hit(A)
-        FATES[fate](files)
-    wait_for(4)
+        cases.append((fate, files, serve("--register", files.register, "--quiet",
+                                         wait=False)))
+    for _, _, server in cases:
+        eventually(server.find_port, 20)
+        server.hit(A, 2)
+    let_happen(cases[:len(FATES)])
+    wait_for(3, cases[len(FATES):])
+    let_happen(cases[len(FATES):])
+    wait_for(4, cases)
     for fate, files, server in cases:
         eventually(lambda: read(files.log).startswith("time,event,"))
         server.hit(A, 2)
@@ -314,13 +322,13 @@ def test_a_log_that_is_long_gets_a_number_and_counting_goes_on(serve, newtags, f
 def test_a_register_that_cannot_be_read_is_told_of_and_left_alone(tagged, files):
     server, tag = tagged("--quiet")
     broken = read(files.register)[:-1] + '"\n'
-    save(files.register, broken, 0)
+    save(files.register, broken)
     eventually(lambda: server.get("/health")[0] == 503)
     assert server.get("/health")[2].decode().startswith("register.csv, line 2: a quote")
     eventually(lambda: f"{files.register}, line 2: a quote" in server.log())
     server.hit(tag, 2)
     assert read(files.register) == broken
-    save(files.register, broken.replace('"', ""), 0)
+    save(files.register, broken.replace('"', ""))
     eventually(lambda: settled_hits(files, tag) == 2)
     eventually(lambda: server.get("/health")[0] == 200)
 
