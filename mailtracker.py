@@ -1999,7 +1999,8 @@ def forget_tags(files: Files, ids: Collection[str]) -> None:
     erase(files.log, gone.__contains__)
     settler, deadline = Settler(files), time.monotonic() + LOCK_SECONDS
     while _holds(files, gone) and time.monotonic() < deadline:
-        settler.settle(force=True, patience=1.0)
+        if not settler.settle(force=True, patience=1.0):
+            time.sleep(0.1)  # somebody is saving
     erase(files.log, gone.__contains__)
     if _holds(files, gone):
         raise TrackerError(f"{files.register} is in use: its rows go with the next "

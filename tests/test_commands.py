@@ -15,7 +15,7 @@ import pytest
 import mailtracker
 from conftest import SCRIPT
 from conftest import clean_environment, launch
-from conftest import register_rows
+from conftest import register_rows, save
 from test_dump import (
     A, B, C, COLUMNS, FIREFOX, LOG, cases, folder, on_terminal, row, write)
 
@@ -110,6 +110,14 @@ def test_who_is_to_get_no_more_mail_is_not_forgotten_by_age(kept, run, folder):
     assert run("forget", "--yes", "--older-than", "365d")[0] == 0
     assert [each["name"] for each in dumped(run)] == ["Bob"]
     assert run("forget", "--yes", "Bob")[0] == 0 and not dumped(run)
+
+
+def test_no_processor_time_is_burnt_until_a_save_is_whole(run, folder, monkeypatch):
+    monkeypatch.setattr(mailtracker, "SAVING", 0.5)
+    save("register.csv", f"{COLUMNS}\n{row(A, 'Ann')}", 0)
+    before = time.process_time()
+    assert run("forget", "--yes", "Ann")[0] == 0 and not dumped(run)
+    assert time.process_time() - before < 0.3
 
 
 @pytest.fixture
