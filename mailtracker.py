@@ -5147,30 +5147,43 @@ def _spliced(text: str, edits: Iterable[Tuple[int, int, str]], eol: str, soft: s
     return "".join([*pieces, text[done:]])
 
 
+def _text_part(kind: str, text: str) -> bytes:
+    return b"Content-Type: text/%b; charset=utf-8\r\n" \
+        b"Content-Transfer-Encoding: quoted-printable\r\n\r\n%b" % (
+            kind.encode(), _transferred(_LINE_END.sub("\r\n", text).encode(),
+                                        "quoted-printable", b"\r\n"))
+
+
+def _multipart(kind: str, parts: Sequence[bytes], own: str = "") -> bytes:
+    # Neither base64 nor quoted-printable has =_; what else has needs a mark of its own.
+    mark = b"--=_" + (own or kind).encode()
+    return b'Content-Type: multipart/%b; boundary="%b"\r\n\r\n%b\r\n%b--\r\n' % (
+        kind.encode(), mark[2:], b"\r\n".join(
+            mark + b"\r\n" + part for part in parts), mark)
+
+
 def make_html(raw: bytes) -> bytes:
     """Return a message that is plain text with the same as HTML beside it.
 
-    It is the very same if it is anything else, signed, a patch or sent by a program.
+    Its lines end with CRLF. It is the very same if it is anything else, signed, a patch
+    or sent by a program.
     """
     from hashlib import blake2b
     from html import escape
 
-    parts, eol = split(raw), _eol(raw)
+    parts = split(raw)
     part, text = parts[0], part_text(raw, parts[0])
     if part.type != "text/plain" or not part.head.endswith(b"\n") \
             or is_attachment(part) or "\ufffd" in text \
             or field(part.head, "X-Mailer").startswith("git-send-email") \
             or _DIFF.search(text) or _sealed(raw, parts) or _unfit(raw, part):
         return raw
-    html = f'<div style="white-space:pre-wrap">{escape(text)}</div>'.encode()
-    mark = b"--=_" + blake2b(raw, digest_size=16).hexdigest().encode()
-    return without_field(part.head, "MIME-Version|Content-[!-9;-~]+") + eol.join([
-        b"MIME-Version: 1.0",
-        b'Content-Type: multipart/alternative; boundary="%s"' % mark[2:], b"", mark,
-        without_field(part.head, "(?!Content-)[!-9;-~]+"), raw[part.start:part.end],
-        mark, b"Content-Type: text/html; charset=utf-8",
-        b"Content-Transfer-Encoding: quoted-printable", b"",
-        _transferred(html, "quoted-printable", eol), mark + b"--", b""])
+    html = f'<div style="white-space:pre-wrap">{escape(text)}</div>'
+    plain = without_field(part.head, "(?!Content-)[!-9;-~]+") + b"\r\n" \
+        + raw[part.start:part.end]
+    return without_field(part.head, "MIME-Version|Content-[!-9;-~]+") \
+        + b"MIME-Version: 1.0\r\n" + _multipart("alternative", [
+            plain, _text_part("html", html)], blake2b(raw, digest_size=16).hexdigest())
 
 
 def hrefs_of(links: Links, base: str, path: str, tag_id: str, urls: Collection[str]
@@ -5708,20 +5721,6 @@ class Template:
         return b"".join((lines.encode(), subject.encode(), kept,
                          b"MIME-Version: 1.0\r\n", _multipart("mixed", [
                              content, *map(_file_part, files)]) if files else content))
-
-
-def _text_part(kind: str, text: str) -> bytes:
-    return b"Content-Type: text/%b; charset=utf-8\r\n" \
-        b"Content-Transfer-Encoding: quoted-printable\r\n\r\n%b" % (
-            kind.encode(), _transferred(_LINE_END.sub("\r\n", text).encode(),
-                                        "quoted-printable", b"\r\n"))
-
-
-def _multipart(kind: str, parts: Sequence[bytes]) -> bytes:
-    mark = b"--=_" + kind.encode()  # neither base64 nor quoted-printable has =_
-    return b'Content-Type: multipart/%b; boundary="%b"\r\n\r\n%b\r\n%b--\r\n' % (
-        kind.encode(), mark[2:], b"\r\n".join(
-            mark + b"\r\n" + part for part in parts), mark)
 
 
 @lru_cache(maxsize=8)
