@@ -31,6 +31,8 @@ linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"),
                            reason="looks into /proc, which only Linux has")
 SCRIPT = Path(__file__).resolve().parent.parent / "mailtracker.py"
 COMPILED = SCRIPT.parent / ".pytest_cache" / "compiled"
+# For who may write short files only: Python would keep half a module, and trust it.
+UNCOMPILED = {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def eventually(check, seconds=10.0, pause=0.02):

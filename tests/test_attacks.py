@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from conftest import (
-    PIXEL_START, assert_nothing_raw, break_off, eventually, exchange, get, hits_of,
-    in_pieces, linux, occupy, read_all, servers, status_of)
+    PIXEL_START, UNCOMPILED, assert_nothing_raw, break_off, eventually, exchange, get,
+    hits_of, in_pieces, linux, occupy, read_all, servers, status_of)
 from mailtracker import Files, Lines, Making, add_tags, new_ids
 
 # -- tools ------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_a_full_disk_is_told_and_takes_no_hit(serve, newtags, small_disk):
 @linux
 def test_writes_that_fail_again_and_again_lose_and_double_nothing(tagged, tmp_path):
     register = tmp_path / "register.csv"
-    server, tag = tagged("--quiet")
+    server, tag = tagged("--quiet", env=UNCOMPILED)
     log = tmp_path / "register.events.csv"
     for room in (0, 10, 60, 200, None) * 3:
         size = log.stat().st_size

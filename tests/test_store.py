@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import mailtracker
-from conftest import eventually, register_rows, rest, save, shown
+from conftest import UNCOMPILED, eventually, register_rows, rest, save, shown
 from mailtracker import Event, Files, append_events, settle
 
 A, B = "bcdfghjkmnpqrstvwxz22", "cdfghjkmnpqrstvwxz233"
@@ -204,7 +204,7 @@ def test_a_newtag_that_the_disk_refuses_leaves_nothing(longer, files, tracker, n
     before = read(files.register)
     # 4.5 KB for each file: the rows do not fit in, or not the lines of the log.
     done = tracker("newtag", "--register", files.register, "--count", 20,
-                   prefix=["sh", "-c", 'ulimit -f 9; exec "$@"', "sh"])
+                   prefix=["sh", "-c", 'ulimit -f 9; exec "$@"', "sh"], env=UNCOMPILED)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.search("(?m)^mailtracker: error: .*[Ff]ile too large$", done.stderr)
     assert read(files.register) == before and [*shown(files)] == [A]
