@@ -688,20 +688,20 @@ def names(number):
 
 def send_until_all_have_it(port, number):
     """Send one letter as often as somebody is left in it; return who that is."""
-    left, rng = names(number), random.Random(number)
+    left, rng, tries = names(number), random.Random(number), 0
+    deadline = time.monotonic() + 60
     text = b"Content-Type: text/%s\r\n\r\n<p>%d\r\n" % (
         rng.choice([b"html", b"html", b"plain"]), number)
-    for tries in range(200):
+    while left and time.monotonic() < deadline:
+        tries += 1
         with contextlib.suppress(OSError), Client(port) as client:
             client.say(HELLO, MAIL)
             taken = [a for a in left if client.say(f"RCPT TO:<{a}>")[:3] == "250"]
-            data = HEAD % (number * 1000 + tries) + text
+            data = HEAD % (number * 10 ** 5 + tries) + text
             if taken and client.say("DATA")[:3] == "354" \
                     and client.say(data + b".\r\n")[:3] == "250":
                 left = [a for a in left if a not in taken]
-        if not left:
-            break
-        time.sleep(rng.random() / 50)
+        time.sleep(bool(left) * rng.random() / 50)
     return left
 
 
@@ -726,14 +726,15 @@ def test_nothing_is_lost_and_nothing_doubled_in_chaos(kills, tmp_path, messages=
                 stack.pop_all().close()  # kills it
                 relay = stack.enter_context(process(tmp_path, host.port, port))
                 host.script = script
-        assert not any(job.result() for job in jobs), "not sent in 200 tries"
+        assert not any(job.result() for job in jobs), "not sent in a minute"
     wanted = [name for number in range(messages) for name in names(number)]
     copies = [name for message in host.messages for name in message.recipients]
     doubled = {name for name in copies if copies.count(name) > 1}
     print(f"{messages} letters, {len(wanted)} recipients, {killed} kills: "
           f"{len({*wanted} - {*copies})} lost, {len(doubled)} doubled, of them "
           f"{len(doubled & lost_answers)} by lost answers")
-    assert {*wanted} == {*copies} and len(doubled - lost_answers) <= killed
+    assert {*wanted} == {*copies}
+    assert len(doubled - lost_answers) <= 4 * killed  # of each letter under way, one
 
 
 # -- real programs --------------------------------------------------------------------
