@@ -67,7 +67,7 @@ import sys
 import time
 from binascii import a2b_base64, a2b_qp, b2a_base64, b2a_qp, crc32
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice, starmap, takewhile
@@ -7693,6 +7693,11 @@ class Figures:
         return sum(self.states[state] for state in STATES)
 
     @property
+    def known(self) -> int:
+        """How many of them do not hide whether they were opened."""
+        return self.sent - self.states["hidden"]
+
+    @property
     def set_aside(self) -> int:
         """How many hits are no opens."""
         return self.hits + self.by_click - self.opens
@@ -7703,8 +7708,8 @@ class Figures:
         In the middle stand the estimate and its interval; it supposes that those whose
         opens are hidden read as the others do. Of none all is open: 0 to 1.
         """
-        opened, hidden, sent = self.states["opened"], self.states["hidden"], self.sent
-        known = sent - hidden
+        opened, hidden, *_ = self.states.values()
+        sent, known = self.sent, self.known
         return (opened / sent if sent else 0.0, opened / known if known else 0.0,
                 *wilson(opened, known), (opened + hidden) / sent if sent else 1.0)
 
@@ -7719,7 +7724,7 @@ class Figures:
     def as_json(self) -> Dict[str, Any]:
         """Return the figures by name; shares as fractions, None for what is unknown."""
         floor, estimate, low, high, ceiling = self.rates()
-        sent, known = self.sent, self.sent - self.states["hidden"]
+        sent, known = self.sent, self.known
         opened, hidden, no_hit, bounced, unsent = self.states.values()
         return {
             "sent": sent, "opened": opened, "cannot_be_known": hidden,
@@ -7863,7 +7868,7 @@ def rate_words(figures: Figures) -> str:
     between = f"{percent(low)} to {percent(high)}"
     if not figures.sent:
         return "nothing was sent"
-    if figures.sent == figures.states["hidden"]:
+    if not figures.known:
         return "cannot be known: Apple fetched all of it ahead"
     if figures.sent < FEW:
         return f"{between} % estimated, of {figures.sent} only"
@@ -7875,7 +7880,7 @@ def cards(figures: Figures) -> Iterator[Tuple[str, str, str]]:
     """Yield the eight figures: what each is, its value, and a remark on it."""
     floor, estimate, low, high, ceiling = figures.rates()
     opened, hidden, no_hit, bounced, unsent = figures.states.values()
-    is_known, is_many = figures.sent > hidden, figures.sent >= FEW
+    is_many = figures.sent >= FEW
     half = figures.half_time()
 
     def listed(*counts: Tuple[int, str]) -> str:
@@ -7885,9 +7890,9 @@ def cards(figures: Figures) -> Iterator[Tuple[str, str, str]]:
         (bounced, "bounced"), (unsent, "not sent"))
     yield "Opened, at least", f"{opened:,}", f"{percent(floor)} % of sent"
     yield ("Open rate, estimated",
-           f"{percent(estimate)} %" if is_known and is_many else "-",
+           f"{percent(estimate)} %" if figures.known and is_many else "-",
            f"95 %: {percent(low)} to {percent(high)} %" + f"; at most "
-           f"{percent(ceiling)} %" * is_many if is_known else "nothing can be known")
+           f"{percent(ceiling)} %" * is_many if figures.known else "unknown")
     yield "Cannot be known", f"{hidden:,}", "Apple fetches ahead"
     yield "No hit by a person", f"{no_hit:,}", "or images are off"
     yield ("Half had opened by", "not yet" if half is None else lasting(half),
@@ -7895,12 +7900,6 @@ def cards(figures: Figures) -> Iterator[Tuple[str, str, str]]:
     yield "Clicked", f"{figures.clicked:,}", listed((figures.replied, "replied"))
     yield "Hits set aside", f"{figures.set_aside:,}", listed(*zip(
         figures.aside, ("by machines", "your own", "unclear", "repeated")))
-
-
-def bar(share: float, width: int) -> str:
-    """Return a bar of text of at most so many columns, in eighths of one."""
-    eighths = round(share * width * 8)
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def escaped(text: str) -> str:
@@ -8021,7 +8020,6 @@ def strip_chart(dots: Iterable[Tuple[float, str, str]]) -> str:
 
 FUNNEL = ("clicked", "replied", "bounced")
 COUNTED = ("sent", "opened", *FUNNEL)  # columns of numbers, which stand on the right
-WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")  # as in %a
 
 
 class Report:
@@ -8076,10 +8074,9 @@ class Report:
 
     def score(self, figures: Figures) -> Optional[float]:
         """Rate a recipient from 0 to 100; None where nothing can be known."""
-        known = figures.sent - figures.states["hidden"]
         days = (time.time() - seconds(figures.last_open or utc_text(0))) / DAY
-        return score(figures.states["opened"], known, self.total.rates()[1], days) \
-            if known else None
+        return score(figures.states["opened"], figures.known, self.total.rates()[1],
+                     days) if figures.known else None
 
     def heading(self) -> Tuple[str, ...]:
         """Return what stands over the cells of a group."""
@@ -8097,8 +8094,7 @@ class Report:
                     str(figures.clicked), str(figures.replied),
                     figures.last_open[:16].replace("T", " ") or "-"]
         shown = f"{percent(estimate)} % ({percent(low)} to {percent(high)})" \
-            if sent >= FEW and sent > figures.states["hidden"] \
-            else f"{percent(low)} to {percent(high)} %"
+            if sent >= FEW and figures.known else f"{percent(low)} to {percent(high)} %"
         funnel = figures.clicked, figures.replied, figures.states["bounced"]
         return [name, str(sent), f"{percent(floor):>3} %", shown,
                 "-" if half is None else lasting(half),
@@ -8147,41 +8143,39 @@ class Comparison(NamedTuple):
             yield f"  one as large would be told with about {self.more():,} more each"
 
 
-def compared(a: Figures, b: Figures) -> Iterator[Comparison]:
+def compared(groups: Sequence[Tuple[str, Figures]]) -> Iterator[Comparison]:
     """Yield what can be told of two groups: by clicks first, then by opens."""
+    (_, a), (_, b) = groups
     for what, counts in (
-            ("clicked", [(each.clicked, each.sent) for each in (a, b)]),
-            ("opened, estimated", [(each.states["opened"],
-                                    each.sent - each.states["hidden"])
-                                   for each in (a, b)])):
-        (count, total), (other, others) = counts
+            ("clicked", (a.clicked, a.sent, b.clicked, b.sent)),
+            ("opened, estimated", (a.states["opened"], a.known,
+                                   b.states["opened"], b.known))):
+        count, total, other, others = counts
         yield Comparison(what, (count / max(total, 1), other / max(others, 1)),
-                         (total, others), *newcombe(count, total, other, others))
+                         (total, others), *newcombe(*counts))
 
 
 def report_lines(report: Report, names: Sequence[str], screen: int) -> Iterator[str]:
     """Yield a report as text; names are those of two groups to compare."""
-    if names:
-        (a, one), (b, other) = report.chosen(names)
-        for comparison in compared(one, other):
-            yield from map(clean, comparison.lines(a, b))
-        yield "whoever looks again and again until a difference shows will find one"
-        return
-    if report.by:
-        def shown(name: str, figures: Figures) -> List[str]:
-            cells = [clean(cell) for cell in report.cells(name, figures)]
-            if report.by != "email":
-                cells[2] += " " + bar(figures.rates()[0], 10)
-            return cells
+    def cells(name: str, figures: Figures) -> List[str]:
+        texts = [*map(clean, report.cells(name, figures))]
+        if report.by != "email":
+            texts[2] += " " + state_bar(figures, 10)
+        return texts
 
-        yield from table_lines(list(report.heading()),
-                               starmap(shown, report.in_order()), 0, screen, COUNTED)
+    if names:
+        for comparison in compared(report.chosen(names)):
+            yield from map(clean, comparison.lines(*names))
+        yield "whoever looks again and again until a difference shows will find one"
+    elif report.by:
+        yield from table_lines([*report.heading()], starmap(cells, report.in_order()),
+                               0, screen, COUNTED)
         yield f"\nall: {rate_words(report.total)}"
-        return
-    yield rate_words(report.total)
-    yield f"{state_bar(report.total, min(screen or 78, 78))}\n"
-    for what, value, why in cards(report.total):
-        yield f"{what:21}{value:>9}  {why}".rstrip()
+    else:
+        yield rate_words(report.total)
+        yield f"{state_bar(report.total, min(screen or 78, 78))}\n"
+        for what, value, why in cards(report.total):
+            yield f"{what:21}{value:>9}  {why}".rstrip()
 
 
 def state_bar(figures: Figures, width: int) -> str:
@@ -8203,7 +8197,7 @@ def report_values(report: Report, names: Sequence[str]) -> Dict[str, Any]:
     if names:
         values["compared"] = [
             {**each._asdict(), "is_told": each.is_told, "more_needed": each.more()}
-            for each in compared(groups[0][1], groups[1][1])]
+            for each in compared(groups)]
     return values
 
 
@@ -8224,18 +8218,16 @@ def report_page(report: Report, names: Sequence[str]) -> str:
     total, zone = report.total, report.zone
     body = f"<h1>Mail report</h1>\n<p>{rate_words(total)}</p>\n" + share_chart(total) \
         + cards_html(total) + curve_chart(total)
-    firsts = [report.clock(first) for first in total.firsts if first > 0]
-    for form, labels, caption in (
-            ("%Y-%m-%d", last_days(max(total.firsts, default=0), report.clock),
-             "First opens by day"),
-            ("%H", [f"{hour:02}" for hour in range(24)], "First opens by hour"),
-            ("%u %a", [f"{n + 1} {day}" for n, day in enumerate(WEEKDAYS)],
-             "First opens by weekday")):
-        counts = dict.fromkeys(labels, 0)
-        for when in (time.strftime(form, first) for first in firsts):
-            counts[when] = counts.get(when, 0) + 1
+    times = [first for first in total.firsts if first > 0]
+    firsts, latest = [*map(report.clock, times)], max(times, default=0.0)
+    # Two days have every hour, also where the clock is set forward.
+    for by, step, count in ("day", DAY, 30), ("hour", 3600, 48), ("weekday", DAY, 7):
+        form = report.TIMES[by]
+        labels = sorted({time.strftime(form, report.clock(latest - step * n))
+                         for n in range(count)}) if firsts else []
+        counts = Counter(time.strftime(form, first) for first in firsts)
         body += columns_chart([(label, counts[label], 0) for label in labels],
-                              f"{caption} ({zone})")
+                              f"First opens by {by} ({zone})")
     if report.by:
         by = f"By {escaped(report.by)}"
         body += f'<div class="scroll" tabindex="0" role="region" aria-label="{by}">' \
@@ -8249,12 +8241,6 @@ def report_page(report: Report, names: Sequence[str]) -> str:
     body += f'<p class="note dim">{CAUTION} Opens follow sending: no best hour to ' \
             f"send can be read off here. Made {utc_text(time.time())}.</p>\n"
     return page_html("Mail report", body)
-
-
-def last_days(until: float, clock: Callable[[float], time.struct_time]) -> List[str]:
-    """Return the 30 days that end with a time."""
-    return [time.strftime("%Y-%m-%d", clock(until - DAY * n))
-            for n in reversed(range(30))] if until else []
 
 
 def table_html(caption: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]

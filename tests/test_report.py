@@ -284,7 +284,7 @@ def test_groups_stand_by_size_and_few_mails_have_no_rate(mailed, capsys):
     lines = report(capsys, "--by", "campaign").splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == [
         "=A", "B, b", r"\x1b[31m<img onerror>"]
-    assert "50 % █████      100 % (72 to 100)" in lines[1]
+    assert "50 % █████▒▒▒▒▒  100 % (72 to 100)" in lines[1]
     assert "0 to 56 %" in lines[3]
 
 
