@@ -9355,24 +9355,23 @@ class Gathering:
         return last
 
 
-def unopened(files: Files, before: str) -> Iterator[News]:
+def unopened(files: Files, before: float) -> Iterator[News]:
     """Yield mails sent before some time of which no open was seen, if one could be.
 
     Each comes once: then its reminder is in the log.
     """
     columns, rows = register_rows(files)
-    of, name, hits, created, sent, status = (cell_of(columns, column) for column in (
-        "id", "name", "hits", "created", "sent", "status"))
-    mail, stories = mail_of(columns), Stories(files.log)
+    tag_id, mail_in = cell_of(columns, "id"), mail_of(columns)
+    stories = Stories(files.log)
     stories.look()
     done = {event.id for word in (b",reminder,", b",read,")
             for event in read_log(files.log, word)}
     for row in rows:
-        when, story = sent(row) or created(row), stories.of(of(row))
-        if "" < when < before and status(row) != "unsubscribed" \
-                and of(row) not in done and mail(row).state(story) == "no hit" \
-                and (hits(row) == "0" or any(story.aside)):  # else who knows
-            yield News("reminder", Event(when, "reminder", of(row)), name(row))
+        mail, story = mail_in(row), stories.of(tag_id(row))
+        if mail.since < before and mail.status != "unsubscribed" \
+                and tag_id(row) not in done and mail.state(story) == "no hit" \
+                and (not mail.hits or any(story.aside)):  # else who knows
+            yield News("reminder", Event(utc_text(mail.since), "reminder", tag_id(row)))
 
 
 def unmarked(text: str) -> str:
@@ -9532,19 +9531,17 @@ def run_command(command: str, pause: Callable[[float], bool], notice: Notice
 
 def show_on_desktop(notice: Notice) -> Outcome:
     """Show a notice by notify-send or osascript, else by the terminal."""
-    from shutil import which
-    from subprocess import DEVNULL, TimeoutExpired, run
+    from subprocess import DEVNULL, SubprocessError, run
 
     title, text = notice.title(), notice.text()
-    for program, *words in (
+    for command in (
             ["notify-send", "--app-name=mailtracker", "--", title, unmarked(text)],
             ["osascript", "-e", "on run argv", "-e", "display notification (item 2 of "
              "argv) with title (item 1 of argv)", "-e", "end run", title, text]):
-        with suppress(TimeoutExpired):
-            if which(program) and not run(
-                    [program, *words], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
-                    timeout=Webhook.SECONDS, check=False).returncode:
-                return Outcome()
+        with suppress(OSError, SubprocessError):
+            run(command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
+                timeout=Webhook.SECONDS, check=True)
+            return Outcome()
     if not sys.stderr.isatty():
         return Outcome("neither notify-send nor osascript shows it")
     title, text = (part.replace("\n", ", ").replace(";", ",") for part in (title, text))
@@ -9718,7 +9715,7 @@ class Notices:
 
     def _reminders(self) -> List[News]:
         """Return the next mails of which no open was seen for long enough."""
-        before = utc_text(time.time() - self._options.remind)
+        before = time.time() - self._options.remind
         return list(islice(unopened(self._files, before), self._most))
 
     def _with_names(self, news: Sequence[News]) -> List[News]:
@@ -9890,28 +9887,19 @@ def credited(address: str, own: str) -> Iterator[Found]:
          "name it with --trusted-proxy, and let it send X-Forwarded-For"))
 
 
-def rested(files: Files, log: Stamp) -> bool:
-    """Tell whether the register holds a log up to where it was, and no settle runs."""
-    marks = read_marks(files)
-    return marks[:2] == (stamp_of(files.register), stamp_of(files.bak)) \
-        and (not log.size or log.inode == marks.log.inode
-             and log.size <= marks.log.offset) \
-        and not any(map(os.path.exists, (files.old, files.new)))
-
-
 def modes(files: Files) -> Iterator[Found]:
     """Yield which files others can read, or somebody else owns."""
     owner = os.stat(files.register).st_uid
     for path in (*files.versions, files.lock, *log_files(files.log), files.key,
                  files.links):
+        others, mask = ("go", 0o077) if path == files.key else ("o", 0o007)
         with suppress(FileNotFoundError):
             mode, _, _, _, user, *_ = os.stat(path)
             yield from told(
                 (user != owner, "error", f"{path} and {files.register} have two owners",
                  "give both to the user of the server, with chown"),
-                (mode & (0o077 if path == files.key else 0o007), "warning",
-                 f"{path} is open to others",
-                 f"chmod {'go' if path == files.key else 'o'}= {path}"))
+                (mode & mask, "warning", f"{path} is open to others",
+                 f"chmod {others}= {path}"))
 
 
 def answer_faults(reply: Any, body: bytes) -> Iterator[Found]:
@@ -10069,10 +10057,18 @@ class Doctor:
              "see what the server says, on stderr and at /health"))
 
     def _lags(self) -> bool:
-        """Tell whether the log waits to be settled, and that for long."""
-        log, deadline = stamp_of(self._files.log), time.monotonic() + 5 * SAVING
-        while time.time() - os.stat(self._files.lock).st_mtime > UNSETTLED \
-                and not rested(self._files, log):
+        """Tell whether the register has waited too long for what the log says now."""
+        files, log = self._files, stamp_of(self._files.log)
+
+        def is_behind() -> bool:
+            register, bak, place = read_marks(files)
+            return (register, bak) != (stamp_of(files.register), stamp_of(files.bak)) \
+                or log.size > 0 and (log.inode != place.inode
+                                     or log.size > place.offset) \
+                or any(map(os.path.exists, (files.old, files.new)))
+
+        deadline = time.monotonic() + 5 * SAVING
+        while time.time() - os.stat(files.lock).st_mtime > UNSETTLED and is_behind():
             if time.monotonic() >= deadline:
                 return True
             time.sleep(0.05)
