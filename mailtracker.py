@@ -1076,13 +1076,6 @@ def append_lines(files: Files, lines: Iterator[bytes], settled: Place) -> Place:
     return settled
 
 
-def end_of_log(path: str) -> Place:
-    """Return the place behind all that a log says by now."""
-    with suppress(FileNotFoundError), _opened(path) as file:
-        return place_at(file, os.fstat(file).st_size)
-    return Place()
-
-
 @contextmanager
 def _log_to_append(path: str) -> Iterator[int]:
     """Open the log for a command, and no other command at it."""
@@ -7538,28 +7531,23 @@ class Stories:
         if files == self._files:
             return False
         self._files = files
-        if not self._is_longer(files) \
-                or not self._read_on(files, (b",verdict,", b",forget,")):
+        if not self._places or not self._read_on((b",verdict,", b",forget,")):
             self._begin()
-            self._read_on(files)
+            self._read_on()
         return True
 
-    def _is_longer(self, files: Sequence[Tuple[str, Stamp]]) -> bool:
-        """Tell whether every file that was read is still there, and goes on."""
-        names = {stamp.inode: name for name, stamp in files}
-        with suppress(FileNotFoundError):
-            return bool(self._places) and all(
-                inode in names and _has(names[inode], place)
-                for inode, place in self._places.items())
-        return False
-
-    def _read_on(self, files: Sequence[Tuple[str, Stamp]],
-                 halt: Sequence[bytes] = ()) -> bool:
-        """Read what is new in some files; stop, and return False, at certain words."""
-        for name, _ in files:
+    def _read_on(self, halt: Sequence[bytes] = ()) -> bool:
+        """Read what is new; return False at certain words, or at a file that changed.
+        """
+        if not self._places.keys() <= {stamp.inode for _, stamp in self._files}:
+            return False
+        for name, _ in self._files:
             with suppress(FileNotFoundError), _opened(name) as file:  # just rotated
                 inode = os.fstat(file).st_ino
-                end = self._places.get(inode, Place()).offset
+                place = self._places.get(inode, Place(inode))
+                if place_at(file, place.offset) != place:
+                    return False
+                end = place.offset
                 for block in iter(lambda: os.pread(file, 1 << 18, end), b""):
                     block = block[:block.rfind(b"\n") + 1] or block
                     if any(word in block for word in halt):
@@ -7802,7 +7790,8 @@ def score(opened: int, sent: int, usual: float, days: float) -> float:
 # -- in words, and as HTML and SVG, without a script or a style attribute ------
 
 FEW = 5  # mails; of fewer a rate says nothing, only its interval does
-TICKS = ("1 min", "10 min", "1 h", "6 h", "1 d", "7 d", "30 d")  # placed by STYLE
+TIME_AXIS = '<div class="axis time"><span>' + "</span><span>".join(  # placed by STYLE
+    ("1 min", "10 min", "1 h", "6 h", "1 d", "7 d", "30 d")) + "</span></div>"
 CAUTION = ("What no hit means: nobody read it, or images were off. What an open cannot "
            "tell: who looked. The estimate supposes that those whose opens Apple hides "
            "read as the others do; its interval covers chance, not that.")
@@ -7982,12 +7971,6 @@ def time_place(after: float) -> float:
     return min(1.0, max(0.0, log(max(after, 1) / 60) / log(43200)))
 
 
-def time_axis() -> str:
-    """Return what stands below an axis of time."""
-    spans = "".join(f"<span>{tick}</span>" for tick in TICKS)
-    return f'<div class="axis time">{spans}</div>'
-
-
 def curve_chart(figures: Figures) -> str:
     """Return what share of the mails had been opened by when, on an axis of time."""
     path, drawn, share = "M0 90", -1.0, 0.0
@@ -7999,7 +7982,7 @@ def curve_chart(figures: Figures) -> str:
         "chart", 90, '<line class="half" x1="0" x2="1000" y1="45" y2="45"/>'
         f'<path class="line" d="{path}H1000"/>',
         f"Share opened after a time; {percent(share)} % in the end, dashed: half",
-        "Share opened by a time after sending (dashed: half)", time_axis())
+        "Share opened by a time after sending (dashed: half)", TIME_AXIS)
 
 
 def strip_chart(dots: Iterable[Tuple[float, str, str]]) -> str:
@@ -8013,7 +7996,7 @@ def strip_chart(dots: Iterable[Tuple[float, str, str]]) -> str:
         for after, kind, words in dots)
     return figure_html("strip", 30, '<line class="half" x1="0" x2="1000" y1="15" '
                        f'y2="15"/>{marks}', "What happened when after sending",
-                       below=time_axis())
+                       below=TIME_AXIS)
 
 
 # -- report: the figures by groups, as text and as a page ------------------------
@@ -9612,7 +9595,10 @@ class Notices:
         saved = os.pread(self._file, 512, 0)
         if not saved:
             note("this receiver is new: it is told what happens from now on")
-            self._save(Progress(end_of_log(self._files.log), utc_text(time.time())))
+            begin = Place()
+            with suppress(FileNotFoundError), _opened(self._files.log) as log:
+                begin = place_at(log, os.fstat(log).st_size)
+            self._save(Progress(begin, utc_text(time.time())))
             return self.state
         try:
             begin, since, end, *rest = json.loads(saved)
@@ -10986,7 +10972,7 @@ def add_send(commands: Any) -> None:
     add("--test", metavar="ADDRESS", type=address_argument,
         help="send the first mail there, and no other")
     add("--preview", metavar="FOLDER", default="", help="write the mails there as .eml")
-    add_smarthost(add, ("password", "xoauth2"), required=False)
+    add_smarthost(add)
     add("--from", metavar="ADDRESS", dest="sender", type=mailbox_argument,
         help="'Ann <ann@x.org>' (default: the From of the template)")
     add_pixels(add, has_path=False, has_clicks=True)
@@ -11070,10 +11056,7 @@ def add_scan(commands: Any) -> None:
     add("mailbox", metavar="MAILBOX",
         help="imaps://user@host[:port][/folder], a Maildir, an mbox file, or - for a "
         "message or an mbox on stdin; nothing in it is changed")
-    add("--password-command", metavar="COMMAND", default="",
-        help="a command that prints the password (default: $MAILTRACKER_PASSWORD)")
-    add("--auth", choices=("password", "xoauth2"), default="password",
-        help="how to log in (default: %(default)s)")
+    add_login(add)
     add("--folder", metavar="NAME", action="append", default=[],
         help="look into this folder; may be repeated (default: INBOX and junk)")
     add("--since", metavar="WHEN", type=moment_argument, default="30d",
@@ -11124,14 +11107,19 @@ def add_service(add: Any, line: str) -> None:
     add("--quiet", action="store_true", help=f"no line for each {line}")
 
 
-def add_smarthost(add: Any, auth: Sequence[str], required: bool = True,
-                  how: str = "how to log in") -> None:
+def add_smarthost(add: Any, required: bool = False, **login: Any) -> None:
     """Add the options that say which mail server takes our mail."""
     add("--smarthost", metavar="HOST[:PORT]", type=smarthost_argument,
         required=required,
         help="the mail server that takes the mail (default port: 587; 465 is TLS from "
         "the start)")
     add("--user", default="", help="log in there as this user")
+    add_login(add, **login)
+
+
+def add_login(add: Any, auth: Sequence[str] = ("password", "xoauth2"),
+              how: str = "how to log in") -> None:
+    """Add the options that say how to log in."""
     add("--password-command", metavar="COMMAND", default="",
         help="a command that prints the password (default: $MAILTRACKER_PASSWORD)")
     add("--auth", choices=auth, default=auth[0], help=how + " (default: %(default)s)")
@@ -11189,9 +11177,9 @@ def add_relay(commands: Any) -> None:
     """Add the options of the relay."""
     add = add_command(commands, cmd_relay, "--smarthost smtp.x.org --user ann "
                       "--server https://t.x.org").add_argument
-    add_smarthost(add, ("password", "xoauth2", "pass", "own"), how="how to log in there"
-                  "; pass: as each mail program does here; own: with a password that "
-                  "mail programs must know as well")
+    add_smarthost(add, True, auth=("password", "xoauth2", "pass", "own"), how="how to "
+                  "log in there; pass: as each mail program does here; own: with a "
+                  "password that mail programs must know as well")
     add_pixels(add, has_clicks=True)
     add("--host", metavar="ADDRESS", default="127.0.0.1",
         help="listen on this address (default: %(default)s)")
@@ -11327,7 +11315,7 @@ def add_notify(commands: Any) -> None:
         default=0.0, help="also of mail sent so long ago of which no open was seen")
     add("--once", action="store_true", help="tell what there is, and end; for cron")
     add("--follow", action="store_true", help="go on until Ctrl-C (as without --once)")
-    add_smarthost(add, ("password", "xoauth2"), required=False)
+    add_smarthost(add)
     add("--from", metavar="ADDRESS", dest="sender", type=mailbox_argument,
         help="who the mail is from (default: whom it is to)")
 
