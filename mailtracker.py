@@ -8102,16 +8102,8 @@ class Comparison(NamedTuple):
     difference: float
     low: float
     high: float
-
-    @property
-    def is_told(self) -> bool:
-        """Tell whether chance alone would hardly make such a difference."""
-        return not self.low <= 0 <= self.high
-
-    def more(self) -> Optional[int]:
-        """Return how many more each group needs to tell such a difference, or None."""
-        needed = None if self.is_told or not min(self.totals) else enough(*self.shares)
-        return None if needed is None else max(1, needed - min(self.totals))
+    is_told: bool  # chance alone would hardly make such a difference
+    more_needed: Optional[int]  # in each group, to tell one as large; None: unknown
 
     def lines(self, a: str, b: str) -> Iterator[str]:
         """Yield in words what can be told of two groups with names."""
@@ -8122,8 +8114,9 @@ class Comparison(NamedTuple):
         yield f"  difference {100 * self.difference:+.0f} points " \
             f"({100 * self.low:+.0f} to {100 * self.high:+.0f}): " + (
                 f"{winner} has more" if self.is_told else "no difference can be told")
-        if self.more():
-            yield f"  one as large would be told with about {self.more():,} more each"
+        if self.more_needed:
+            yield f"  one as large would be told with about {self.more_needed:,} " \
+                "more each"
 
 
 def compared(groups: Sequence[Tuple[str, Figures]]) -> Iterator[Comparison]:
@@ -8134,8 +8127,12 @@ def compared(groups: Sequence[Tuple[str, Figures]]) -> Iterator[Comparison]:
             ("opened, estimated", (a.states["opened"], a.known,
                                    b.states["opened"], b.known))):
         count, total, other, others = counts
-        yield Comparison(what, (count / max(total, 1), other / max(others, 1)),
-                         (total, others), *newcombe(*counts))
+        shares = count / max(total, 1), other / max(others, 1)
+        difference, low, high = newcombe(*counts)
+        is_told, fewest = not low <= 0 <= high, min(total, others)
+        needed = None if is_told or not fewest else enough(*shares)
+        yield Comparison(what, shares, (total, others), difference, low, high, is_told,
+                         None if needed is None else max(1, needed - fewest))
 
 
 def report_lines(report: Report, names: Sequence[str], screen: int) -> Iterator[str]:
@@ -8178,9 +8175,7 @@ def report_values(report: Report, names: Sequence[str]) -> Dict[str, Any]:
             {"score": report.score(figures)} if report.by == "email" else {})}
             for name, figures in groups]
     if names:
-        values["compared"] = [
-            {**each._asdict(), "is_told": each.is_told, "more_needed": each.more()}
-            for each in compared(groups)]
+        values["compared"] = [each._asdict() for each in compared(groups)]
     return values
 
 
