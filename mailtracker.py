@@ -4353,7 +4353,7 @@ class Signals:
 
     def obey(self, _: int = 0) -> None:
         """Do what no handler may do, for it could wait for a lock of its own thread."""
-        told = os.read(self.file, 4096)
+        told = os.read(self.file, 4096).replace(b"%c" % signal.SIGALRM, b"")
         hangups = told.count(signal.SIGHUP) if self._on_hangup else 0
         self.stopping = self.stopping or len(told) > hangups
         if hangups and self._on_hangup:
@@ -9449,7 +9449,8 @@ class Webhook:
 
         body = json.dumps(self._payload(notice, self._topic)).encode()
         kind = HTTPConnection if self._url.scheme == "http" else HTTPSConnection
-        connection = kind(self._url.hostname or "", self._url.port)
+        connection = kind(self._url.hostname or "", self._url.port,
+                          timeout=self.SECONDS)
         with time_limit(self.SECONDS):
             answer, _ = answer_of(connection, "POST", self._target, body,
                                   self._head(notice.id, body))

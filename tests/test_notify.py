@@ -478,6 +478,17 @@ def test_a_receiver_that_is_gone_is_never_told_again(told, files, receiver):
         assert process.wait(20) == 1
 
 
+def test_an_answer_that_takes_too_long_does_not_end_the_program():
+    code = ("import contextlib, time, mailtracker as m\n"
+            "signals = m.Signals(None)\n"
+            "with contextlib.suppress(TimeoutError), m.time_limit(0.05):\n"
+            "    time.sleep(9)\n"
+            "    raise AssertionError('not limited')\n"
+            "print(signals.wait(0), signals.wait(0))\n")
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=True,
+                          stdout=subprocess.PIPE).stdout == b"False False\n"
+
+
 def test_nobody_is_told_by_tls_that_cannot_be_verified(
         files, run, certificates, monkeypatch):
     with Receiver(certificate=certificates / "first.pem") as receiver:
