@@ -4353,7 +4353,8 @@ class Signals:
 
     def obey(self, _: int = 0) -> None:
         """Do what no handler may do, for it could wait for a lock of its own thread."""
-        told = os.read(self.file, 4096).replace(b"%c" % signal.SIGALRM, b"")
+        told = os.read(self.file, 4096)
+        told = told.replace(b"%c" % signal.SIGALRM, b"")  # which is time_limit's
         hangups = told.count(signal.SIGHUP) if self._on_hangup else 0
         self.stopping = self.stopping or len(told) > hangups
         if hangups and self._on_hangup:
