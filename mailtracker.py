@@ -1142,6 +1142,13 @@ def place_at(file: int, offset: int) -> Place:
     return Place(os.fstat(file).st_ino, offset, check)
 
 
+def end_of_log(path: str) -> Place:
+    """Return the place behind all that a log says by now."""
+    with suppress(FileNotFoundError), _opened(path) as file:
+        return place_at(file, os.fstat(file).st_size)
+    return Place()
+
+
 def _has(name: str, place: Place) -> bool:
     """Tell whether a place is in a file of the log."""
     with _opened(name) as file:
@@ -9592,10 +9599,7 @@ class Notices:
         saved = os.pread(self._file, 512, 0)
         if not saved:
             note("this receiver is new: it is told what happens from now on")
-            begin = Place()
-            with suppress(FileNotFoundError), _opened(self._files.log) as log:
-                begin = place_at(log, os.fstat(log).st_size)
-            self._save(Progress(begin, utc_text(time.time())))
+            self._save(Progress(end_of_log(self._files.log), utc_text(time.time())))
             return self.state
         try:
             begin, since, end, *rest = json.loads(saved)
