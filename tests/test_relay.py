@@ -674,7 +674,8 @@ def test_many_big_messages_at_once_leave_memory_and_time_for_others(
     peak, waits = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) >> 10, sorted(waits)
     print(f"{messages} x 20 MB: {peak} MB; others waited {waits[-1]:.3f} s at most, "
           f"{waits[len(waits) * 9 // 10]:.3f} s in 9 of 10 cases")
-    assert peak < 150 and waits[len(waits) * 9 // 10] < 0.1
+    # 0.05 s on two idle cores; one that waits for a whole message waits for seconds.
+    assert peak < 150 and waits[len(waits) * 9 // 10] < 0.3
 
 
 # -- chaos --------------------------------------------------------------------------
