@@ -10285,11 +10285,11 @@ def cmd_newtag(options: argparse.Namespace) -> int:
     if ids:
         add_tags(files, list(zip(ids, map(one_line, names))),
                  Making(now, now if options.armed else ""))
-    texts = [[each.replace("{id}", tag_id) for each in templates] for tag_id in ids]
-    lines = list(chain.from_iterable(texts))
-    print_lines(people.with_tags(ids, texts) if people else lines)
+    form = "\n".join(templates)
+    texts = [form.replace("{id}", tag_id) for tag_id in ids]
+    print_lines(people.with_tags(ids, texts) if people else texts)
     if options.copy:
-        copy_to_clipboard("\n".join(lines), options.format)
+        copy_to_clipboard("\n".join(texts), options.format)
     return 0
 
 
@@ -10330,15 +10330,17 @@ class People:
             self._rows.append(cell_text(raw).rstrip("\r\n"))
             self.names.append(cell_text(cells[place]))
 
-    def with_tags(self, ids: Iterable[str], tags: Sequence[Sequence[str]]
-                  ) -> Iterator[str]:
-        """Yield the lines of the file as they stand, with ids, tags and links added."""
+    def with_tags(self, ids: Iterable[str], tags: Sequence[str]) -> Iterator[str]:
+        """Yield the lines of the file as they stand, with ids and tags added.
+
+        A tag has its links in further lines; they get columns of their own.
+        """
         set_stdout("utf-8")
         show = clean if sys.stdout.isatty() else str
         head, d = cell_text(self._table.header).rstrip("\r\n"), self._table.delimiter
-        links = distinct(["link"] * len(tags[0][1:])) if tags else []
+        links = distinct(["link"] * tags[0].count("\n")) if tags else []
         added = chain([("id", "tag", *links)], (
-            (tag_id, *texts) for tag_id, texts in zip(ids, tags)))
+            (tag_id, *tag.split("\n")) for tag_id, tag in zip(ids, tags)))
         for row, cells in zip([head, *self._rows], added):
             yield show(row) + d + csv_row(cells, d, self._table.eol.rstrip("\n"))
 
