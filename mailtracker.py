@@ -166,6 +166,12 @@ def is_formula(cell: str) -> bool:
     return cell.lstrip("'").startswith(_FORMULA_STARTS)
 
 
+def form_text(text: str) -> str:
+    """Return text as a browser's form shows it, and sends it back."""
+    return re.sub(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", " ",
+                  re.sub("\r\n?", "\n", text))
+
+
 def plain_text(text: str) -> str:
     """Return text that UTF-8 can hold: stray bytes of an argument become U+FFFD."""
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
@@ -1954,11 +1960,13 @@ def _append_rows(file: int, register: Register, making: Making,
     os.fsync(file)
 
 
-def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str]) -> None:
+def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str],
+             shown: Mapping[str, str]) -> None:
     """Give the row of a tag another name, or other texts in columns of the user's.
 
     Columns are named as in register_rows; every other byte of the register stays. To
-    the log the tag was made by that name. Raise TrackerError or OSError.
+    the log the tag was made by that name. Raise TrackerError, also where a text is no
+    longer what was shown of it, or OSError.
     """
     found: List[Tuple[str, str]] = []
 
@@ -1972,6 +1980,7 @@ def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str]) -> None:
                    for column, text in texts.items()}
         for raw, cells in merger:
             if [tag_id] == cells[merger.at["id"]:][:1]:
+                _check_texts(dict(zip(columns, cells)), shown)
                 found[:] = [(cells[merger.at["created"]], tag_id)]
                 raw = merger.source.changed(raw, len(columns), changes)
             yield raw
@@ -1985,6 +1994,14 @@ def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str]) -> None:
     append_events(settler.files, [Event(created, "made", tag_id, detail=texts["name"])
                                   for created, _ in found
                                   if "name" in texts and is_time(created)])
+
+
+def _check_texts(cells: Mapping[str, str], shown: Mapping[str, str]) -> None:
+    """Raise TrackerError for a cell that is no longer what was shown of it."""
+    for column, text in shown.items():
+        if form_text(text_in(cells.get(column, ""))) != text:
+            raise TrackerError(f"{column} was changed meanwhile; go back, copy what "
+                               "you wrote, and reload the page")
 
 
 def forget_tags(files: Files, ids: Collection[str]) -> None:
@@ -8261,7 +8278,6 @@ REREAD_SHARE = 20              # and so many times the CPU seconds that it takes
 TOGETHER = 256                 # rows in one string: a million take 80 MB, not 500
 LOG_BLOCK = 4 << 20
 _ROW_END, _CELL_END = "\x1e", "\x1f"
-_CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but TAB, LF and CR
 
 
 class Keys:
@@ -8958,7 +8974,7 @@ class Dashboard:
         events = self._events(told["id"])
         texts = {"name": told["name"] or "", **told["columns"]}
         fields = "".join(FIELD_HTML.format(
-            column=escaped(column), text=escape(_CONTROL.sub(" ", text_in(text))),
+            column=escaped(column), text=escape(form_text(text_in(text))),
             rows=1 + min(5, text.count("\n") + len(text) // 80))
             for column, text in texts.items())
         return html_page(called(told)[:80], TAG_HTML.format(
@@ -8979,13 +8995,18 @@ class Dashboard:
 
     def edit(self, given: Dict[str, Any]) -> Any:
         """Change those texts of a tag that are no longer what the form had."""
-        texts = {}
-        for field, text in given.items():
-            if field.startswith("new ") and text != given.get(f"was {field[4:]}"):
-                texts[field[4:]] = one_line(text) if field == "new name" \
-                    else _CONTROL.sub(" ", text.replace("\r\n", "\n"))
-        if texts:
-            self._change(edit_tag, self._settler, given.get("id", ""), texts)
+        sent = {field: form_text(text) for field, text in given.items()}
+        texts = {field[4:]: text for field, text in sent.items() if field[:4] == "new "
+                 and text != sent.get(f"was {field[4:]}")}
+        shown = {column: sent[f"was {column}"] for column in texts
+                 if f"was {column}" in sent}
+        if "name" in texts:
+            texts["name"] = one_line(texts["name"])
+        try:
+            if texts:
+                self._change(edit_tag, self._settler, given.get("id", ""), texts, shown)
+        except TrackerError as error:
+            raise Problem(409, self._files.shown(str(error))) from None
         return 303, "", {"Location": f"tag?id={escaped(given.get('id', ''))}"}
 
     def forget(self, given: Dict[str, Any]) -> Any:

@@ -654,7 +654,7 @@ def test_a_form_that_was_not_changed_changes_nothing(files, noted):
     ("pin", "=1+1", 303, "'=1+1"), ("pin", "-5", 303, "-5"),
     ("pin", "-5+1", 303, "'-5+1"), ("pin", "@x", 303, "'@x"),
     ("pin", "'=x", 303, "''=x"), ("pin", "\x00\x1b", 303, "  "), ("pin", "", 303, ""),
-    *[(column, "7", 503, "007") for column in (
+    *[(column, "7", 409, "007") for column in (
         "hits", "id", "created", "status", "nothing", "")]])
 def test_a_text_from_the_page_is_no_formula_and_no_count(
         files, noted, column, text, status, cell):
@@ -672,6 +672,18 @@ def test_an_edit_keeps_what_a_person_saves_at_the_same_time(
     noted.post(f"/tag?id={BOB}", **{"new pin": "8", "was pin": "007"})
     rows = read_table(files.register)[1]
     assert [(row["NAME"], row["pin"]) for row in rows] == [("anna", ""), ("bob", "8")]
+
+
+def test_an_edit_does_not_overwrite_what_was_changed_meanwhile(files, client_of):
+    save(files.register, REGISTER)
+    client = client_of(files)
+    assert client.post(f"/tag?id={BOB}", **{"new note": "n", "was note": "x"})[0] == 409
+    assert Path(files.register).read_bytes() == REGISTER.encode()
+    multiline = {"new note": "n", "was note": 'a "b";\r\nc'}
+    assert client.post(f"/tag?id={ADA}", **multiline)[0] == 303
+    assert client.post(f"/tag?id={ADA}", **multiline)[0] == 409
+    rows = read_table(files.register)[1]
+    assert [row["note"] for row in rows] == ["n", " x "]
 
 
 def test_a_tag_is_forgotten_after_a_question(client):
