@@ -1964,14 +1964,14 @@ def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str],
              shown: Mapping[str, str]) -> None:
     """Give the row of a tag another name, or other texts in columns of the user's.
 
-    Columns are named as in register_rows; every other byte of the register stays. To
-    the log the tag was made by that name. Raise TrackerError, also where a text is no
-    longer what was shown of it, or OSError.
+    Columns are named as in register_rows, in form_text; every other byte of the
+    register stays. To the log the tag was made by that name. Raise TrackerError, also
+    where a text is no longer what was shown of it, or OSError.
     """
     found: List[Tuple[str, str]] = []
 
     def edited(merger: Merger) -> Iterator[str]:
-        columns = list(map(cell_text, distinct(merger.columns)))
+        columns = [form_text(cell_text(name)) for name in distinct(merger.columns)]
         ours = {*OWN_COLUMNS, *LATER_COLUMNS} - {"name"}
         for column in {*texts} - ({*columns} - ours):
             raise TrackerError(f"no column {column} to edit")
@@ -8974,7 +8974,8 @@ class Dashboard:
         events = self._events(told["id"])
         texts = {"name": told["name"] or "", **told["columns"]}
         fields = "".join(FIELD_HTML.format(
-            column=escaped(column), text=escape(form_text(text_in(text))),
+            title=escaped(column), column=escape(form_text(column)),
+            text=escape(form_text(text_in(text))),
             rows=1 + min(5, text.count("\n") + len(text) // 80))
             for column, text in texts.items())
         return html_page(called(told)[:80], TAG_HTML.format(
@@ -8995,7 +8996,7 @@ class Dashboard:
 
     def edit(self, given: Dict[str, Any]) -> Any:
         """Change those texts of a tag that are no longer what the form had."""
-        sent = {field: form_text(text) for field, text in given.items()}
+        sent = {form_text(field): form_text(text) for field, text in given.items()}
         texts = {field[4:]: text for field, text in sent.items() if field[:4] == "new "
                  and text != sent.get(f"was {field[4:]}")}
         shown = {column: sent[f"was {column}"] for column in texts
@@ -9192,7 +9193,7 @@ column that you add to the register appears here.</details><details><summary>For
 from the backup and the log as well. Its pixel is still answered, but nothing is counted
 any more.<form method=post action="forget?id={id}"><button>Forget it</button></form>
 </details>"""
-FIELD_HTML = """<input type=hidden name="was {column}" value="{text}"><label>{column}
+FIELD_HTML = """<input type=hidden name="was {column}" value="{text}"><label>{title}
 <textarea name="new {column}" rows={rows}>\n{text}</textarea></label>"""
 STORY_COLUMNS = {"When": "", "What": "", "Why": "text", "Network": "wide",
                  "Detail": "wide text"}

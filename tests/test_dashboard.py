@@ -686,6 +686,21 @@ def test_an_edit_does_not_overwrite_what_was_changed_meanwhile(files, client_of)
     assert [row["note"] for row in rows] == ["n", " x "]
 
 
+@pytest.mark.parametrize("column", [
+    "two\r\nlines", "two\nlines", "a\tb", "\u202ea", "\u200b", "\x07", "<b>&\"'",
+    "new name"])
+def test_a_column_is_edited_whatever_its_name(files, client_of, column):
+    save(files.register, 'id,name,"{}"\n{},Ada,old\n'.format(
+        column.replace('"', '""'), ADA).encode())
+    client = client_of(files)
+    page = Texts(client.page(f"/tag?id={ADA}"))
+    name = [value for tag, name, value in page.attributes
+            if (tag, name) == ("textarea", "name")][1]
+    assert client.post(f"/tag?id={ADA}", **{
+        name.replace("\n", "\r\n"): "7", f"was {name[4:]}": "old"})[0] == 303
+    assert client.api(f"/api/tags/{ADA}")[1]["columns"] == {column: "7"}
+
+
 def test_a_tag_is_forgotten_after_a_question(client):
     assert "Its row, its hits (2)" in client.page(f"/tag?id={ADA}")
     assert ADA in client.page()
