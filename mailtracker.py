@@ -8747,7 +8747,11 @@ class Dashboard:
 
         view = self.watch.view()
         is_lasting = path.startswith("/api/") and not dict(query).get("days")
-        told = (self._born, view.began, view.problem, stamps_of(self._files),
+        waiting = [  # as log_page does
+            name for name in log_files(self._files.log)[:-1]
+            if time.time() < stamp_of(name).mtime / 1e9 + SAVING
+        ] if path == "/api/events" else []
+        told = (self._born, view.began, view.problem, stamps_of(self._files), waiting,
                 0 if is_lasting else int(time.time()) // 60)
         return f'"{sha256(repr(told).encode()).hexdigest()[:24]}"'
 

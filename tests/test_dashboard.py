@@ -458,6 +458,20 @@ def test_a_cursor_of_events_outlives_rotation_torn_lines_and_truncation(client):
     assert everything(client) == ([], "0")
 
 
+def test_events_behind_a_rotation_are_not_hidden_by_an_etag(impatient, client):
+    path, cursor = "/api/events?cursor=", everything(client)[1]
+    log = client.dashboard._files.log
+    os.rename(log, log + ".1")
+    mailtracker.append_events(client.dashboard._files, [hit(CY, 1, 1, 1)])
+    client.dashboard.watch.view(time.monotonic())
+    os.utime(log + ".1")
+    _, headers, body = client.ask(path + cursor)
+    assert json.loads(body)["data"] == []  # the old file may still be written to
+    os.utime(log + ".1", (NOW - 60,) * 2)
+    status, _, body = client.ask(path + cursor, If_None_Match=headers["etag"])
+    assert (status, json.loads(body)["data"][0]["id"]) == (200, CY)
+
+
 def test_what_has_not_changed_is_not_sent_again_also_through_nginx(
         impatient, client):
     for path in ("/api/tags", "/", f"/tag?id={ADA}"):
