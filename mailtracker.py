@@ -9041,9 +9041,11 @@ def http_answer(status: int, body: Any, headers: Mapping[str, str]) -> bytes:
         "utf-8", "replace")
     script, style = (b2a_base64(sha256(text.encode()).digest(), newline=False).decode()
                      for text in (SCRIPT, STYLE))
-    head = HTTP_HEAD.format(HTTPStatus(status), kind, len(data), script, style) \
-        + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
-    return head.encode("latin-1", "replace") + data
+    about = {} if status in (204, 304) else {  # RFC 9110, 8.6
+        "Content-Type": kind, "Content-Length": len(data)}
+    head = HTTP_HEAD.format(HTTPStatus(status), script, style) + "".join(
+        f"{name}: {value}\r\n" for name, value in {**about, **headers}.items())
+    return (head + "\r\n").encode("latin-1", "replace") + data
 
 
 def html_page(title: str, main: str, foot: str = "") -> str:
@@ -9152,10 +9154,8 @@ def told_cells(event: Event) -> Iterator[str]:
 
 
 HTTP_HEAD = """HTTP/1.1 {0.value} {0.phrase}\r
-Content-Type: {1}\r
-Content-Length: {2}\r
-Content-Security-Policy: default-src 'none'; script-src 'sha256-{3}'; style-src \
-'sha256-{4}'; connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; \
+Content-Security-Policy: default-src 'none'; script-src 'sha256-{1}'; style-src \
+'sha256-{2}'; connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; \
 frame-ancestors 'none'\r
 Cache-Control: private, no-cache\r
 X-Content-Type-Options: nosniff\r
