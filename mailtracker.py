@@ -8650,6 +8650,9 @@ class Dashboard:
         self._path = f"{self._base}/{'; Secure' * (parts.scheme == 'https')}"
         self._origins = {f"{parts.scheme}://{parts.netloc}", *(
             f"http://{host}:{port}" for host in ("localhost", "127.0.0.1", "[::1]"))}
+        self._origins |= {  # as browsers say them
+            re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", origin)
+            for origin in self._origins}
         self._hosts = {origin.partition("://")[2] for origin in self._origins}
         self._template = partial(tag_template, base_url(server or "localhost"),
                                  "/{id}.gif")

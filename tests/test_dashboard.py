@@ -216,6 +216,16 @@ def test_only_its_own_names_reach_it(filled, client_of, host, is_ours):
         assert (client.ask(path, Host=host)[0] == 421) is not is_ours
 
 
+@pytest.mark.parametrize("url", [
+    "http://t.example.org:80/", "https://t.example.org:443/"])
+def test_a_browser_leaves_the_default_port_out(filled, client_of, url):
+    client = client_of(filled, url)
+    assert client.ask(Host="t.example.org")[0] == 200
+    assert client.ask("/new", "POST", Host="t.example.org",
+                      Origin=url.rpartition(":")[0])[0] == 303
+    assert client.ask(Host="t.example.org:" + "80443"[2 * ("80/" in url):])[0] == 421
+
+
 def test_behind_a_proxy_its_path_may_be_left_in_or_not(filled, client_of):
     client = client_of(filled, "https://t.example.org/mail/")
     for path in ("/", "/mail/"):
