@@ -11393,11 +11393,12 @@ def opened_in_browser(folder: str, link: str) -> Iterator[None]:
     """Open a link by way of a file: on a command line all could read its token."""
     import webbrowser
     from tempfile import NamedTemporaryFile
+    from urllib.parse import quote
 
     with NamedTemporaryFile("w", dir=folder, suffix=".html") as file:
         file.write(f'<meta http-equiv="refresh" content="0;url={link}">')
         file.flush()
-        webbrowser.open(f"file://{file.name}")
+        webbrowser.open(f"file://{quote(os.fsencode(file.name))}")
         yield
 
 

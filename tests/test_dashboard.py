@@ -804,6 +804,15 @@ def test_a_link_is_shown_on_a_terminal_and_opened_by_way_of_a_file_of_ones_own(
     os.close(ours), os.close(theirs)
 
 
+def test_a_browser_finds_that_file_whatever_its_folder_is_called(tmp_path, monkeypatch):
+    urls = []
+    monkeypatch.setattr("webbrowser.open", urls.append)
+    folder = tmp_path / "50% ü #1?"
+    folder.mkdir()
+    with mailtracker.opened_in_browser(str(folder / "register.key"), "http://x/"):
+        assert urls == [(folder / "register.key.html").as_uri()]
+
+
 def test_keys_and_links_are_printed_and_are_good(filled, tracker, client):
     done = tracker("dashboard", "--keys")
     read, write = (line.split()[1] for line in done.stdout.splitlines())
