@@ -1989,6 +1989,7 @@ def edit_tag(settler: Settler, tag_id: str, texts: Mapping[str, str],
     while not settler.settle(force=True, patience=1.0, edit=edited):
         if time.monotonic() >= deadline:
             raise TrackerError(f"{settler.files.register} is in use; try again")
+        time.sleep(0.05)
     if not found:
         raise TrackerError(f"no such tag: {tag_id}")
     append_events(settler.files, [Event(created, "made", tag_id, detail=texts["name"])

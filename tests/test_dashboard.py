@@ -691,10 +691,12 @@ def test_a_text_from_the_page_is_no_formula_and_no_count(
 
 def test_an_edit_keeps_what_a_person_saves_at_the_same_time(
         files, noted, monkeypatch):
-    monkeypatch.setattr(mailtracker, "SAVING", 0.3)
+    monkeypatch.setattr(mailtracker, "SAVING", 0.6)
     text = REGISTER.replace("ann", "anna")
     save(files.register, text, age=0)  # just now: the edit waits until that is over
+    began = time.process_time()
     noted.post(f"/tag?id={BOB}", **{"new pin": "8", "was pin": "007"})
+    assert time.process_time() - began < 0.4  # of 0.6: it does not spin
     rows = read_table(files.register)[1]
     assert [(row["NAME"], row["pin"]) for row in rows] == [("anna", ""), ("bob", "8")]
 
@@ -724,6 +726,16 @@ def test_a_column_is_edited_whatever_its_name(files, client_of, column):
     assert client.post(f"/tag?id={ADA}", **{
         name.replace("\n", "\r\n"): "7", f"was {name[4:]}": "old"})[0] == 303
     assert client.api(f"/api/tags/{ADA}")[1]["columns"] == {column: "7"}
+
+
+def test_a_tag_is_forgotten_while_a_person_saves_without_spinning(client):
+    save(client.dashboard._files.register, Path(
+        client.dashboard._files.register).read_text().replace("Bob", "Rob"), age=0)
+    began = time.process_time()
+    assert client.post(f"/forget?id={ADA}") == (303, "./")
+    assert time.process_time() - began < 1  # of two seconds
+    assert [row["name"] for row in read_table(client.dashboard._files.register)[1]
+            ] == ["Rob", "Cy"]
 
 
 def test_a_tag_is_forgotten_after_a_question(client):
