@@ -8942,7 +8942,7 @@ class Dashboard:
             "first", LIST_COLUMNS, (tag_cells(tag, view.now) for tag in told["data"]))
         if told["next_cursor"]:
             older = urlencode({**wanted, "cursor": told["next_cursor"]})
-            tags += f'<p><a href="./?{escaped(older)}">Older &rsaquo;</a>'
+            tags += f'<p><a id=older href="./?{escaped(older)}">Older &rsaquo;</a>'
         spans = {n: f"{n} days" for n in sorted({7, 30, 90, 365, days} - {0})}
         return html_page(f"{figures.states['opened']} opened", LIST_HTML.format(
             news=self._news(view), q=escaped(q), figures="".join(

@@ -944,6 +944,18 @@ def hostile(files):
 
 
 @chromium
+def test_the_link_to_older_tags_keeps_the_focus(filled, watching):
+    ids = mailtracker.new_ids(b"x" * 16, 60)
+    mailtracker.add_tags(filled, [(tag, "x") for tag in ids], Making(ago(7300)))
+    page, older = watching[0](), "[...document.links].find(a => a.innerText[0] == 'O')"
+    page.until(f"!!{older}")
+    page.evaluate(f"{older}.focus()")
+    mailtracker.append_events(filled, [hit(CY, 1, 1, 1)])
+    page.until(f"{row(CY)}.includes('Opened')")
+    assert page.evaluate(f"document.activeElement == {older}")
+
+
+@chromium
 def test_what_others_wrote_does_nothing_in_a_browser(hostile, watching):
     tab, url = watching
     page = tab()
