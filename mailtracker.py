@@ -8976,16 +8976,9 @@ class Dashboard:
 
     def tag_page(self, given: Dict[str, Any]) -> Any:
         """Show one tag with its history."""
-        from html import escape
-
         view, told = self.watch.view(), self._tag(given)
         events = self._events(told["id"])
-        texts = {"name": told["name"] or "", **told["columns"]}
-        fields = "".join(FIELD_HTML.format(
-            title=escaped(column), column=escape(form_text(column)),
-            text=escape(form_text(text_in(text))),
-            rows=1 + min(5, text.count("\n") + len(text) // 80))
-            for column, text in texts.items())
+        fields = fields_html({"name": told["name"] or "", **told["columns"]})
         return html_page(called(told)[:80], TAG_HTML.format(
             called=escaped(called(told)[:1000]), story=story_html(told, view.now),
             id=escaped(told["id"]), tag=escaped(told["tag"]), hits=told["hits"],
@@ -9148,6 +9141,25 @@ def strip_html(told: Mapping[str, Any], events: Sequence[Event]) -> str:
                        for age, verdict in hits if age == age) if hits else ""
 
 
+def fields_html(texts: Mapping[str, str]) -> str:
+    """Return the parts of a form that change texts; what would not fit cannot be."""
+    from html import escape
+    from urllib.parse import urlencode
+
+    fields, room = "", MOST_BODY
+    for column, text in texts.items():
+        name, text = form_text(column), form_text(text_in(text))
+        sent = text.replace("\n", "\r\n")
+        size = len(urlencode({f"was {name}": sent, f"new {name}": sent})) + 1
+        off = size > room
+        room -= size * (not off)
+        fields += FIELD_HTML.format(
+            title=escaped(column) + ", too long to be changed here" * off,
+            off=" disabled" * off, column=escape(name), text=escape(text),
+            rows=1 + min(5, text.count("\n") + len(text) // 80))
+    return fields
+
+
 def told_cells(event: Event) -> Iterator[str]:
     """Yield the cells of STORY_COLUMNS for an event."""
     _, why = words(event, REASONS)
@@ -9201,8 +9213,8 @@ column that you add to the register appears here.</details><details><summary>For
 from the backup and the log as well. Its pixel is still answered, but nothing is counted
 any more.<form method=post action="forget?id={id}"><button>Forget it</button></form>
 </details>"""
-FIELD_HTML = """<input type=hidden name="was {column}" value="{text}"><label>{title}
-<textarea name="new {column}" rows={rows}>\n{text}</textarea></label>"""
+FIELD_HTML = """<input type=hidden name="was {column}" value="{text}"{off}><label>
+{title}<textarea name="new {column}" rows={rows}{off}>\n{text}</textarea></label>"""
 STORY_COLUMNS = {"When": "", "What": "", "Why": "text", "Network": "wide",
                  "Detail": "wide text"}
 NO_EVENT = "<p>Nothing of this tag is in the event log."

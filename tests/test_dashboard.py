@@ -738,6 +738,22 @@ def test_a_tag_is_forgotten_while_a_person_saves_without_spinning(client):
             ] == ["Rob", "Cy"]
 
 
+def test_a_text_that_is_too_long_leaves_the_others_to_be_edited(files, client_of):
+    texts = {"a": "é" * 10_000, "b": "x" * 9_000, "c": "y" * 9_000, "d": "z" * 9_000}
+    save(files.register, "id,name,{},pin\n{},Ada,{},7\n".format(
+        ",".join(texts), ADA, ",".join(texts.values())).encode())
+    client = client_of(files)
+    page = client.page(f"/tag?id={ADA}")
+    assert re.findall("(.), too long to be changed here", page) == ["a", "d"]
+    assert page.count(" disabled>") == 4  # so that a browser leaves them out
+    sent = {f"{how} {column}": texts[column]
+            for column in "bc" for how in ("was", "new")}
+    assert client.post(f"/tag?id={ADA}", **sent, **{"new pin": "8", "was pin": "7"}
+                       )[0] == 303
+    row, = read_table(files.register)[1]
+    assert row["pin"] == "8" and texts.items() <= row.items()
+
+
 def test_a_tag_is_forgotten_after_a_question(client):
     assert "Its row, its hits (2)" in client.page(f"/tag?id={ADA}")
     assert ADA in client.page()
@@ -821,8 +837,8 @@ def test_a_browser_finds_that_file_whatever_its_folder_is_called(tmp_path, monke
     monkeypatch.setattr("webbrowser.open", urls.append)
     folder = tmp_path / "50% ü #1?"
     folder.mkdir()
-    with mailtracker.opened_in_browser(str(folder / "register.key"), "http://x/"):
-        assert urls == [(folder / "register.key.html").as_uri()]
+    with mailtracker.opened_in_browser(str(folder), "http://x/"):
+        assert urls == [path.as_uri() for path in folder.iterdir()] and urls
 
 
 def test_keys_and_links_are_printed_and_are_good(filled, tracker, client):
