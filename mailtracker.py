@@ -9237,7 +9237,8 @@ async function look() {
   try {
     const answer = await fetch(location.href), etag = answer.headers.get('ETag');
     if (answer.status == 401) throw 'Logged out: reload this page';
-    if (!answer.ok) throw 'This page is no longer there';
+    if (answer.status == 404) throw 'This page is no longer there';
+    if (!answer.ok) throw answer.statusText;
     if (etag != known && getSelection().type != 'Range') {
       show(new DOMParser().parseFromString(await answer.text(), 'text/html'));
       known = etag;

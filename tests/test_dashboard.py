@@ -1017,6 +1017,11 @@ def test_without_script_a_tag_is_made_edited_and_forgotten_by_forms(filled, watc
 def test_a_lost_session_is_said_and_the_last_figures_stay(filled, watching):
     tab, url = watching
     page = tab()
+    key = Path(filled.key).read_bytes()
+    os.truncate(filled.key, 0)
+    page.until("document.getElementById('line').innerText == 'Service Unavailable'")
+    Path(filled.key).write_bytes(key)
+    page.until("document.getElementById('line').innerText == ''")
     os.unlink(filled.key)
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     page.until("document.getElementById('line').innerText.startsWith('Logged out')")
