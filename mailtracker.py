@@ -8905,10 +8905,16 @@ class Dashboard:
 
     def api_make(self, given: Dict[str, Any]) -> Any:
         """Make a tag."""
-        tag_id, = new_ids(os.urandom(32))
-        self._change(add_tags, self._files, [(tag_id, one_line(given["name"]))],
-                     Making(utc_text(time.time())))
-        return 201, self._tag({"id": tag_id}), {
+        (tag_id,), name = new_ids(os.urandom(32)), one_line(given["name"])
+        now = utc_text(time.time())
+        self._change(add_tags, self._files, [(tag_id, name)], Making(now))
+        try:
+            told = self._tag({"id": tag_id})
+        except Problem:  # so many tags are there that the new one is not yet read
+            row = [tag_id, "0", "", "0", "", now, name]
+            stories = self.watch.view().stories
+            told = self._told(View([*OWN_COLUMNS], iter([row]), stories), 0, row)
+        return 201, told, {
             "Location": f"{self._base}/api/tags/{tag_id}"}
 
     def api_forget(self, given: Dict[str, Any]) -> Any:

@@ -391,6 +391,16 @@ def test_tags_are_made_and_forgotten(client):
     assert told["id"] not in Path(client.dashboard._files.log).read_text()
 
 
+def test_a_tag_is_told_as_made_also_while_the_register_is_still_read(
+        client, monkeypatch):
+    old = client.dashboard.watch.view()
+    monkeypatch.setattr(client.dashboard.watch, "view", lambda since=0.0: old)
+    status, told = client.api("/api/tags", "POST", {"name": "Eve"})
+    assert (status, told["name"], told["state"], told["hits"]) == (
+        201, "Eve", "no_hit", 0)
+    assert told["created"] and told["id"] in told["tag"]
+
+
 @pytest.mark.parametrize("told", [
     {}, [], None, 1, "x", {"name": 1}, {"name": None}, {"name": "x" * 1001},
     {"name": "x", "id": "y"}], ids=repr)
