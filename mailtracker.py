@@ -11393,11 +11393,11 @@ def cmd_dashboard(options: argparse.Namespace) -> int:
         server = PixelServer(listener, dashboard, lines)
         greet(listener, lines, f"showing {options.register} on http://",
               "; dashboard --link prints a link that lets you in")
+        link = keys.link(url) if options.open or sys.stdout.isatty() else ""
         if sys.stdout.isatty():
-            print(keys.link(url), flush=True)
+            print(link, flush=True)
         if options.open:
-            stack.enter_context(opened_in_browser(
-                os.path.dirname(files.key), keys.link(url)))
+            stack.enter_context(opened_in_browser(os.path.dirname(files.key), link))
         server.serve(signals)
     return 0
 
