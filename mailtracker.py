@@ -2186,20 +2186,23 @@ class Links:
 
     def __init__(self, path: str) -> None:
         self._path, self._urls = path, {}  # type: str, Dict[bytes, bytes]
-        self._stamp, self._end = Stamp(), 0  # of what was read, and up to where
+        self._stamp, self._place = Stamp(), Place()  # of what was read, and up to where
 
     def hear(self) -> None:
         """Take in what is new; raise TrackerError or OSError."""
         stamp = stamp_of(self._path)
         if stamp in (self._stamp, Stamp()):
             return
-        if stamp.inode != self._stamp.inode or stamp.size <= self._end:
-            self._urls, self._end = {}, 0
-        for start, line in _lines_in(self._path, self._end):
-            found = self._LINE.fullmatch(line)
-            if found:
-                self._urls[found[1]] = found[2]
-            self._end = start + len(line)
+        with _opened(self._path) as file:
+            end = self._place.offset
+            if stamp.size <= end or place_at(file, end) != self._place:
+                self._urls, end = {}, 0
+            for start, line in _lines_of(file, end):
+                found = self._LINE.fullmatch(line)
+                if found:
+                    self._urls[found[1]] = found[2]
+                end = start + len(line)
+            self._place = place_at(file, end)
         self._stamp = stamp
 
     def find(self, link: bytes) -> bytes:

@@ -206,6 +206,11 @@ def test_whatever_becomes_of_the_file_a_link_leads_to_what_it_holds(files):
     assert leads() == ["", "", c]
     path.write_bytes(line)
     assert leads() == [a, "", ""]
+    other = line.replace(a.encode(), b"https://y.org/and-longer").replace(
+        b"\n", b"\nhjkhjkhj,https://z.org/,2026-11-25T08:00:00Z\n", 1)
+    path.write_bytes(other)  # it is the same file, and goes on behind what was read
+    assert leads() == ["https://y.org/and-longer", "", ""]
+    assert ours.find(b"hjkhjkhj") == b"https://z.org/"
     for odd in (b"", b"\xff\n\0\n", b"bcdfghjk,javascript:x,2026-11-25T08:00:00Z\n",
                 b"bcdfghjk,https://x.org/\r,2026-11-25T08:00:00Z\n", b"x" * 100_000):
         path.write_bytes(odd)
