@@ -8195,29 +8195,35 @@ def state_bar(figures: Figures, width: int) -> str:
         "█▒░", ends, ends[1:]))
 
 
+def group_values(report: Report, names: Sequence[str]) -> Iterator[Dict[str, Any]]:
+    """Yield groups for JSON; there may be as many as tags."""
+    for name, figures in report.chosen(names) if names else report.in_order():
+        yield {"group": name, **figures.as_json(), **(
+            {"score": report.score(figures)} if report.by == "email" else {})}
+
+
 def report_values(report: Report, names: Sequence[str]) -> Dict[str, Any]:
     """Return a report for JSON; shares are fractions, None is unknown."""
-    groups = report.chosen(names) if names else report.in_order()
     values: Dict[str, Any] = {"all": report.total.as_json()}
     if report.by:
-        values["groups"] = [{"group": name, **figures.as_json(), **(
-            {"score": report.score(figures)} if report.by == "email" else {})}
-            for name, figures in groups]
+        values["groups"] = [*group_values(report, names)]
     if names:
-        values["compared"] = [each._asdict() for each in compared(groups)]
+        values["compared"] = [
+            each._asdict() for each in compared(report.chosen(names))]
     return values
 
 
 def report_rows(report: Report, names: Sequence[str]) -> Iterator[Row]:
     """Yield a report as rows of a CSV file, the heading first."""
-    values = report_values(report, names)
-    groups = values.get("groups", [values["all"]])
-    for group in groups + [{"group": "", **Figures().as_json()}] * (not groups):
-        rates = group.pop("rate")
-        group.update((f"rate_{name}", rate) for name, rate in rates.items())
-    yield [*group]
-    for group in groups:
-        yield ["" if value is None else str(value) for value in group.values()]
+    groups = group_values(report, names) if report.by \
+        else iter([report.total.as_json()])
+    none = {"group": "", **Figures().as_json()}
+    for number, group in enumerate(chain([next(groups, none)], groups)):
+        group.update((f"rate_{name}", rate) for name, rate in group.pop("rate").items())
+        if not number:
+            yield [*group]
+        if group is not none:
+            yield ["" if value is None else str(value) for value in group.values()]
 
 
 def report_page(report: Report, names: Sequence[str]) -> str:
@@ -10681,7 +10687,8 @@ def cmd_report(options: argparse.Namespace) -> int:
     if options.format == "json":
         import json
 
-        print(json.dumps(report_values(report, options.compare), indent=1))
+        sys.stdout.writelines(chain(json.JSONEncoder(indent=1).iterencode(
+            report_values(report, options.compare)), "\n"))
     elif options.format == "csv":
         set_stdout("utf-8")
         csv.writer(sys.stdout, lineterminator="\n").writerows(

@@ -6,7 +6,9 @@ import json
 import random
 import re
 import subprocess
+import sys
 import time
+from pathlib import Path
 from xml.dom import minidom
 
 import pytest
@@ -383,3 +385,20 @@ def test_a_reader_that_ends_early_ends_a_report_quietly(mailed):
     ended = launch(subprocess.run, "report", "--by", "name", capture_output=True,
                    cwd=mailed, prefix=())
     assert ended.returncode == 0 and not ended.stderr
+
+
+@pytest.mark.parametrize("form, most", [("csv", 2000), ("json", 4000)])
+def test_a_report_by_very_many_groups_holds_little_of_each(form, most, tmp_path):
+    register, count = tmp_path / "r.csv", 2000
+    save(register, "id,hits,last_hit,opens,last_open,created,name\n" + "".join(
+        f"{tag_id},0,,0,,2026-11-01T08:00:00Z,{tag_id}@x.org\n"
+        for tag_id in mailtracker.new_ids(b"m" * 16, count)))
+    code = ("import sys, tracemalloc, mailtracker as m; tracemalloc.start(); "
+            "m.main(['report', *sys.argv[1:]]); "
+            "print(tracemalloc.get_traced_memory()[1], file=sys.stderr)")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--register", register, "--by", "name",
+         "--format", form], capture_output=True, text=True, check=True,
+        cwd=Path(mailtracker.__file__).parent)
+    assert done.stdout.count("@x.org") == count
+    assert int(done.stderr) < most * count
