@@ -9663,6 +9663,9 @@ class Notices:
             begin, since, end, *rest = json.loads(saved)
             state = Progress(Place(*begin), since, Place(*end), *rest)
             sum([*state.begin, *state.end, state.tries, state.due])  # or TypeError
+            if not all(isinstance(number, int) and 0 <= number < 1 << 63 for number in (
+                    state.begin.offset, state.end.offset, state.tries + 1)):
+                raise ValueError
             return state._replace(since=since + "", id=state.id + "")
         except (ValueError, TypeError):
             raise TrackerError(f"{self._options.state} is damaged; remove it, to be "
