@@ -9747,8 +9747,8 @@ class Notices:
     def _news(self) -> Tuple[List[News], Progress]:
         """Return what a notice tells, and how far the receiver then is."""
         state, gathering = self.state, Gathering(self._options)
-        if state.id and state.end == Place():
-            return self._reminders(), state
+        if state.id and state.end == Place():  # none are wanted any more, perhaps
+            return self._reminders() if self._options.remind else [], state
         place = state.begin
         for file, offset, event in events_behind(self._files.log, place, state.since):
             gathering.take(event)

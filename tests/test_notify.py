@@ -717,6 +717,18 @@ def test_a_reminder_that_fails_comes_again_for_those_who_still_have_not_opened(
     assert len({*receiver.ids[:2]}) == 1
 
 
+def test_a_reminder_that_failed_is_none_for_who_wants_no_more_reminders(
+        told, files, receiver, monkeypatch):
+    monkeypatch.setattr(Notices, "RETRIES", [0.0] * 9)
+    make(files, "Ada", created=NOW - 4 * DAY)
+    fresh, = make(files, "Fresh")
+    receiver.answer = lambda number: (500 if number == 1 else 200, {})
+    told("--remind", "3d", code=1)
+    append_events(files, [hit(fresh)])
+    told()
+    assert receiver.names == [["Ada"], ["Fresh"]]
+
+
 # -- other receivers -------------------------------------------------------------------
 
 
