@@ -11276,6 +11276,8 @@ def cmd_doctor(options: argparse.Namespace) -> int:
     doctor = Doctor(Files(options.register, options.events), url, options.message)
     wanted = {*(options.checks or set(Doctor.CHECKS) - {*Doctor.UPON_REQUEST}), *(
         name for name in Doctor.UPON_REQUEST if getattr(options, name))}
+    refuse(options, ("message" in wanted and not options.message,
+                     "message: say which mail, by --message FILE"))
     findings = list(doctor.findings(wanted))
     if options.json:
         sys.stdout.writelines(json_lines(Finding._fields, map(list, findings)))

@@ -601,6 +601,8 @@ def test_the_checks_are_listed_and_a_wrong_one_is_no_check(run):
     code, _, err = run("doctor", "pixle")
     assert code == 2 and "pixle is not a check" in err
     assert run("doctor", "--list-checks", "pixel")[0] == 2
+    code, _, err = run("doctor", "message")
+    assert code == 2 and "message: say which mail, by --message FILE" in err
 
 
 # -- --wait ------------------------------------------------------------------------
