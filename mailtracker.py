@@ -9698,7 +9698,8 @@ class Notices:
             wait = min(max(self.RETRIES[tries], outcome.wait), DAY)
             self._save(self.state._replace(
                 tries=-1 if outcome.is_gone else tries + 1, due=time.time() + wait))
-            note(f"{why}; to be told again in {lasting(wait)}" * (not outcome.is_gone))
+            if not outcome.is_gone:
+                note(f"{why}; to be told again in {lasting(wait)}")
             return False
         self._save(reached._replace(end=Place(), id="", tries=0, due=0.0))
         self._ripe = 0.0
