@@ -7593,7 +7593,7 @@ class Stories:
         """Take in the cells of a line that tells something."""
         when, kind, tag_id, verdict, reason, client = line
         if self._verdicts:
-            verdict, reason = self._verdicts.get(
+            verdict, reason = self._verdicts.pop(  # of its like only the first has one
                 (when, tag_id, client), (verdict, reason))
         by_person = verdict in OPENS
         is_new = by_person and reason not in NO_OPENS  # as is_open

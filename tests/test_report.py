@@ -218,6 +218,21 @@ def test_random_registers_and_logs_come_to_what_a_recount_says(tmp_path, seed):
         assert said["hits"] == opens + said["set_aside"]
 
 
+def test_a_verdict_is_on_the_first_of_hits_that_are_alike(tmp_path):
+    files, tag_id = Files(str(tmp_path / "r.csv")), "bcd" * 7
+    when = utc_text(NOW)
+    alike = [Event(when, "hit", tag_id, number, 0, *ROBOT, "192.0.2.0", "agent")
+             for number in (1, 2)]
+    save(files.register, "id,hits,last_hit,opens,last_open,created,name\n"
+         f"{tag_id},0,,0,,,n\n")
+    save(files.log, mailtracker.EVENT_HEADER + b"".join(
+        event.line() for event in [*alike, alike[1]._replace(
+            event="verdict", opens=1, verdict="human", reason="mail-client")]))
+    figures = mailtracker.Report(files, options_of("--register", files.register)).total
+    assert (figures.hits, figures.opens, figures.set_aside) == (2, 1, 1)
+    assert figures.aside == [1, 0, 0, 0]
+
+
 def test_a_log_is_followed_as_it_would_be_read_anew(tmp_path):
     chance = random.Random(1)
     for number in range(30):
